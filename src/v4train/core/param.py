@@ -1,0 +1,180 @@
+"""Declare a parameter once.
+
+A `Declaration` says everything there is to say about a parameter: shape, dtype, logical axes, initialiser, optimizer group, weight
+decay, precision. Modules are NNX containers whose variables hold a `jax.ShapeDtypeStruct` and their declaration, so building a
+model costs no memory: a 1.6T-parameter model is built on a laptop to be counted. From the same declarations follow sharded
+initialisation (`initialise`), shardings (`sharding.rules`), optimizer groups (`optim.hybrid`), checkpoint paths and, later, foreign
+names and planner bytes.
+
+Layers that are scanned are *stacked*: `stack` maps every declaration of a module to one with a leading "layers" axis. (The rejected
+alternative, `nnx.vmap` over the constructor, adds the axis to the value but not to the metadata.)
+
+Random keys are folded from the parameter's path, so adding a parameter does not change the others, and the values do not depend on
+the mesh.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from v4train.core import axes as axes_lib
+
+Group = Literal["muon", "adamw", "buffer"]
+
+
+class Initialiser(Protocol):
+    """A hashable function that draws an array."""
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Normal:
+    """Independent N(0, std^2)."""
+
+    std: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        return (jax.random.normal(key, shape, jnp.float32) * self.std).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """Every element the same."""
+
+    value: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        return jnp.full(shape, self.value, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """All there is to know about one parameter.
+
+    Attributes:
+        shape: sizes, stacking axes first. A matrix is the last two axes, ``[in, out]``; all axes before them count independent
+            matrices (layers, experts, output groups).
+        axes: one logical axis name (or None) per dimension.
+        init: draws the first value.
+        group: ``muon`` (matrices), ``adamw`` (everything else that is trained), ``buffer`` (state that gradients never touch:
+            router biases, hash tables; it is checkpointed like the rest).
+        decay: decoupled weight decay applies.
+        precision: ``compute`` weights are cast to the compute dtype before the forward pass, ``fp32`` ones never.
+        tags: roles that others select by: ``indexer``, ``routed_expert``, ``embedding``, ``mtp``, ``router_bias``, ``hash_table``.
+        dtype: of the master copy.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Initialiser
+    group: Group = "muon"
+    decay: bool = True
+    precision: Literal["compute", "fp32"] = "compute"
+    tags: frozenset[str] = frozenset()
+    dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.float32))
+
+    def __post_init__(self):
+        assert len(self.shape) == len(self.axes), (self.shape, self.axes)
+        assert self.group != "muon" or len(self.shape) >= 2, "muon needs a matrix"
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def trained(self) -> bool:
+        return self.group != "buffer"
+
+    @property
+    def struct(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
+    def stacked(self, count: int) -> "Declaration":
+        """The same parameter for ``count`` layers at once."""
+        return dataclasses.replace(self, shape=(count, *self.shape), axes=("layers", *self.axes))
+
+
+def param(shape: tuple[int, ...], axes: str, init: Initialiser, **options) -> nnx.Param:
+    """An abstract parameter. ``axes`` is a string of shape letters (`core.axes`); ``options`` are fields of `Declaration`."""
+    return _abstract(Declaration(shape=shape, axes=axes_lib.logical_axes(axes), init=init, **options))
+
+
+def scale(width: int, axes: str = "D", **options) -> nnx.Param:
+    """The weight of a norm: ones, fp32, AdamW, with decay (as V4 trains them)."""
+    return param((width,), axes, Constant(1.0), group="adamw", precision="fp32", **options)
+
+
+def buffer(shape: tuple[int, ...], axes: str, *, dtype: jnp.dtype, tags: frozenset[str]) -> nnx.Param:
+    """State that gradients never touch, zero at first."""
+    return param(shape, axes, Constant(0), group="buffer", decay=False, precision="fp32", dtype=jnp.dtype(dtype), tags=tags)
+
+
+def _abstract(declaration: Declaration) -> nnx.Param:
+    return nnx.Param(declaration.struct, declaration=declaration)
+
+
+def declarations(module: nnx.Module) -> dict:
+    """The module's declarations as a nested dict, in the structure of its parameters."""
+    state = nnx.state(module, nnx.Param)
+    return nnx.to_pure_dict(jax.tree.map(lambda v: v.get_metadata()["declaration"], state, is_leaf=lambda v: isinstance(v, nnx.Variable)))
+
+
+def bind(module: nnx.Module, params: dict) -> nnx.Module:
+    """A copy of an abstract module that holds the given arrays. Cheap: it is called inside every trace."""
+    graph, state = nnx.split(module, nnx.Param)[:2]
+    leaves = jax.tree.leaves(params)
+    variables, structure = jax.tree.flatten(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return nnx.merge(graph, jax.tree.unflatten(structure, [v.replace(leaf) for v, leaf in zip(variables, leaves, strict=True)]))
+
+
+def tag(module: nnx.Module, *names: str) -> nnx.Module:
+    """Adds tags to every declaration of a module, in place, and returns it."""
+    return _redeclare(module, lambda d: dataclasses.replace(d, tags=d.tags | set(names)))
+
+
+def stack(module: nnx.Module, count: int) -> nnx.Module:
+    """Turns a module's parameters into those of ``count`` such modules, in place, and returns it."""
+    return _redeclare(module, lambda d: d.stacked(count))
+
+
+def _redeclare(module: nnx.Module, change: Callable[[Declaration], Declaration]) -> nnx.Module:
+    graph, state = nnx.split(module)
+    state = jax.tree.map(lambda v: _abstract(change(v.get_metadata()["declaration"])), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return nnx.merge(graph, state)
+
+
+def is_declaration(x: object) -> bool:
+    return isinstance(x, Declaration)
+
+
+def path_name(path: tuple) -> str:
+    """A key path of `jax.tree_util` as ``a/b/0/c``: the name of a parameter in checkpoints, reports and messages."""
+    return "/".join(str(getattr(entry, "key", getattr(entry, "idx", entry))) for entry in path)
+
+
+def map_declarations(function: Callable[[str, Declaration], object], tree: dict) -> dict:
+    """Maps ``function(path, declaration)`` over a nested dict of declarations."""
+    return jax.tree_util.tree_map_with_path(lambda path, d: function(path_name(path), d), tree, is_leaf=is_declaration)
+
+
+def initialise(tree: dict, key: jax.Array) -> dict:
+    """Draws every parameter of a nested dict of declarations (call it under `jax.jit` with output shardings)."""
+
+    def draw(path: str, d: Declaration) -> jax.Array:
+        return d.init(jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF), d.shape, d.dtype)
+
+    return map_declarations(draw, tree)
+
+
+def flatten(tree: dict) -> dict[str, Declaration]:
+    """Path -> declaration, in tree order."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_declaration)[0]
+    return {path_name(path): leaf for path, leaf in leaves}
