@@ -1,0 +1,83 @@
+"""What the optimizer can be told. Defaults are DeepSeek-V4's where the paper (section 4.2) gives them."""
+
+from typing import Literal
+
+import pydantic
+
+from v4train.config import base
+
+COARSE = (3.4445, -4.7750, 2.0315)
+"""Newton-Schulz coefficients with a steep slope at 0: they lift small singular values fast, to somewhere in 0.7 .. 1.2."""
+FINE = (2.0, -1.5, 0.5)
+"""Newton-Schulz coefficients with a flat fixed point at 1: they settle what `COARSE` has lifted."""
+
+
+class ScheduleConfig(base.Config):
+    """Linear warm-up to the peak, flat, cosine to the final rate at the end. The number of steps of the run is not part of it."""
+
+    peak_lr: float = pydantic.Field(gt=0)
+    """Learning rate of the flat part, per step. DeepSeek-V4: 2.7e-4 (Flash), 2.0e-4 (Pro)."""
+    final_lr: float = pydantic.Field(ge=0)
+    """Learning rate of the last step. DeepSeek-V4: a tenth of the peak."""
+    warmup_steps: int = pydantic.Field(ge=0)
+    """Steps of linear warm-up; the last of them runs at the peak. DeepSeek-V4: 2000."""
+    decay_steps: int = pydantic.Field(ge=0)
+    """Steps of cosine decay at the end of the run; the last of them runs at `final_lr`. 0: the rate stays at the peak."""
+
+    @pydantic.model_validator(mode="after")
+    def _falls(self) -> "ScheduleConfig":
+        if self.final_lr > self.peak_lr:
+            raise ValueError(f"final_lr {self.final_lr:g} is above peak_lr {self.peak_lr:g}; the cosine part decays: lower final_lr")
+        return self
+
+    def check(self, total_steps: int) -> None:
+        """Refuses a run that is too short for its warm-up and its decay.
+
+        Raises:
+            ValueError: ``warmup_steps + decay_steps`` exceeds ``total_steps``.
+        """
+        if self.warmup_steps + self.decay_steps > total_steps:
+            raise ValueError(
+                f"schedule: warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps} = {self.warmup_steps + self.decay_steps} "
+                f"do not fit into a run of {total_steps} steps; shorten them or train longer"
+            )
+
+
+class MuonConfig(base.Config):
+    """Momentum, orthogonalised."""
+
+    momentum: float = pydantic.Field(default=0.95, ge=0, lt=1)
+    """Decay of the momentum, per step."""
+    nesterov: bool = True
+    """Look one step ahead: orthogonalise ``momentum * M + G`` rather than ``M``."""
+    update_scale: float = pydantic.Field(default=0.18, gt=0)
+    """Root mean square of an element of the update, before the learning rate. 0.18 is what AdamW's updates measure, so that one
+    learning rate and one weight decay serve both."""
+    coefficients: tuple[tuple[float, float, float], ...] = pydantic.Field(default=(COARSE,) * 8 + (FINE,) * 2, min_length=1)
+    """One ``(a, b, c)`` per Newton-Schulz step: ``x <- a x + b x^3 + c x^5`` on the singular values."""
+    ns_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the Newton-Schulz iteration. float32 is computed at full precision on every chip; bfloat16 is several times faster on
+    accelerators and good to about 1 %."""
+
+
+class AdamWConfig(base.Config):
+    """Adam's moments. Weight decay belongs to the whole optimizer."""
+
+    b1: float = pydantic.Field(default=0.9, ge=0, lt=1)
+    """Decay of the mean of the gradients, per step."""
+    b2: float = pydantic.Field(default=0.95, ge=0, lt=1)
+    """Decay of the mean of their squares, per step."""
+    eps: float = pydantic.Field(default=1e-20, ge=1e-37)
+    """Added to the root of the second moment. It only has to make 0 / 0 a 0, and it must be a normal number in fp32."""
+
+
+class OptimizerConfig(base.Config):
+    """Muon for matrices, AdamW for the rest; which is which, and what decays, is said where a parameter is declared."""
+
+    schedule: ScheduleConfig
+    clip_norm: float | None = pydantic.Field(default=1.0, gt=0)
+    """Largest global norm of the gradients; null: they are not clipped. The paper does not say."""
+    weight_decay: float = pydantic.Field(default=0.1, ge=0)
+    """Decoupled: a decaying parameter shrinks by this times the learning rate, each step."""
+    muon: MuonConfig = MuonConfig()
+    adamw: AdamWConfig = AdamWConfig()
