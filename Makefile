@@ -24,6 +24,7 @@ help:
 	@echo 'make clean        removes the virtual environments and all caches'
 
 setup: $(STAMP)
+	@echo '.venv is ready'
 
 # A .venv that works is kept and brought up to date; one that does not run (moved folder, removed Python) is made anew.
 $(STAMP): pyproject.toml constraints.txt
@@ -33,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  done; \
 	  if [ -z "$$found" ]; then \
 	    echo 'v4train needs Python 3.11 or newer with its venv module (on Debian and Ubuntu: the package python3-venv).' >&2; \
-	    echo "Found: $$(python3 --version 2>&1). Name another one with: make setup PYTHON=/path/to/python3.12" >&2; exit 1; \
+	    echo "The python3 on PATH: $$(python3 --version 2>&1 || echo none). Name another one with: make setup PYTHON=/path/to/python3.12" >&2; exit 1; \
 	  fi; \
 	  echo "making .venv with $$($$found --version)"; \
 	  rm -rf .venv && $$found -m venv .venv; \
@@ -42,13 +43,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@.venv/bin/python $(PIP_INSTALL)
 	@touch $@
 
-tiny: setup
+tiny: $(STAMP)
 	.venv/bin/python -m v4train.train --config configs/tiny.yaml
 
-test: setup
+test: $(STAMP)
 	.venv/bin/python -m pytest $(TEST_ARGS)
 
-check: setup
+check: $(STAMP)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright --pythonpath .venv/bin/python
