@@ -21,7 +21,7 @@ class SourceConfig(base.Config):
 
     packing: Literal["cut_text", "whole_documents"] = "cut_text"
     """`cut_text` fills every row and lets a document go on in the next one. `whole_documents` closes a row before a document that
-    does not fit, so that a caption never loses its image; only documents longer than a row are cut. Media spans are never cut."""
+    does not fit, so that a caption never loses its image; only documents that no row can hold are cut. Media spans are never cut."""
 
 
 class ByteTokenizerConfig(base.Config):

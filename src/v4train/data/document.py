@@ -75,25 +75,30 @@ class Rules:
 
     def check(self, document: Document) -> None:
         """Raises `DamagedRecordError` with the first rule that the document breaks."""
-        tokens, spans = document.tokens, document.spans
+        tokens = document.tokens
         _require(0 < len(tokens) < 2**32, "it has no tokens")
-        _require(int(tokens.max()) < self.vocab_size, f"id {int(tokens.max())} is outside the vocabulary of {self.vocab_size}")
-        if len(spans):
-            at, end = spans["at"].astype(np.int64), spans["at"].astype(np.int64) + spans["n"]
-            _require(bool(np.isin(spans["kind"], (IMAGE, AUDIO)).all() and (spans["n"] > 0).all()), "a span has no kind or no length")
-            _require(bool((at[1:] >= end[:-1]).all()) and end[-1] <= len(tokens), "its spans overlap or leave the document")
-        modality = document.modality
+        highest = int(tokens.max())
+        _require(highest < self.vocab_size, f"id {highest} is outside the vocabulary of {self.vocab_size}")
+        placeholders, last = {IMAGE: 0, AUDIO: 0}, 0
+        for kind, at, n in document.spans.tolist():
+            _require(kind in placeholders and n > 0, "a span has no kind or no length")
+            _require(last <= at and at + n <= len(tokens), "its spans overlap or leave the document")
+            _require(bool((tokens[at : at + n] == (self.image if kind == IMAGE else self.audio)).all()), "a span is not all placeholders")
+            placeholders[kind] += n
+            last = at + n
         for kind, placeholder, payload in ((IMAGE, self.image, document.patches), (AUDIO, self.audio, document.audio)):
-            name = "image patches" if kind == IMAGE else "audio frames"
-            placeholders = int(spans["n"][spans["kind"] == kind].astype(np.int64).sum())
-            _require(placeholders == len(payload), f"{placeholders} placeholders for {len(payload)} {name}")
-            _require(np.array_equal(tokens == placeholder, modality == kind), f"{name}: placeholders and spans disagree")
-        _require(len(document.patch_xy) == len(document.patches), "patches and their coordinates differ in number")
-        _require(
-            not len(document.patches) or document.patches.shape[1] == self.patch_bytes,
-            f"patches have {document.patches.shape[1]} bytes instead of {self.patch_bytes}",
-        )
-        _require(not len(document.audio) or int(document.audio.max()) < media.MEL_LEVELS, "an audio level is not below 16")
+            name, n = "image patches" if kind == IMAGE else "audio frames", placeholders[kind]
+            _require(n == len(payload), f"{n} placeholders for {len(payload)} {name}")
+            _require(n == int(np.count_nonzero(tokens == placeholder)), f"a placeholder of {name} outside of its spans")
+        if len(document.spans):
+            self._check_payload(document)
+
+    def _check_payload(self, document: Document) -> None:
+        patches, frames = document.patches, document.audio
+        _require(len(document.patch_xy) == len(patches), "patches and their coordinates differ in number")
+        width = patches.shape[1]
+        _require(not len(patches) or width == self.patch_bytes, f"patches have {width} bytes instead of {self.patch_bytes}")
+        _require(not len(frames) or int(frames.max()) < media.MEL_LEVELS, "an audio level is not below 16")
 
 
 def _require(condition: bool, what: str) -> None:
@@ -153,18 +158,21 @@ def decode(record: bytes) -> Document:
     version, planes, n, spans, patches, patch_bytes, frames, key_bytes = _HEADER.unpack_from(record)
     _require(version == _VERSION, f"the record has version {version}, not {_VERSION}")
     sizes = (key_bytes, planes * n, spans * SPAN.itemsize, patches * patch_bytes, patches * 4, frames * media.MEL_CHANNELS)
-    _require(_HEADER.size + sum(sizes) == len(record), "the record's lengths do not add up")
-    ends = np.cumsum((_HEADER.size, *sizes)).tolist()
-    parts = [memoryview(record)[a:b] for a, b in itertools.pairwise(ends)]
-    plane = np.frombuffer(parts[1], np.uint8).reshape(planes, n)
+    at = list(itertools.accumulate(sizes, initial=_HEADER.size))
+    _require(at[-1] == len(record), "the record's lengths do not add up")
+    plane = np.frombuffer(record, np.uint8, planes * n, at[1]).reshape(planes, n)
     tokens = plane[0].astype(np.uint32)
     for i in range(1, planes):
         tokens |= plane[i].astype(np.uint32) << np.uint32(8 * i)
+    key = record[at[0] : at[1]].decode(errors="replace")
+    if not spans:
+        _require(not patches and not frames, "media without spans")
+        return Document(key=key, tokens=tokens)
     return Document(
-        key=bytes(parts[0]).decode(errors="replace"),
+        key=key,
         tokens=tokens,
-        spans=np.frombuffer(parts[2], SPAN),
-        patches=np.frombuffer(parts[3], np.uint8).reshape(patches, patch_bytes),
-        patch_xy=np.frombuffer(parts[4], "<i2").reshape(patches, 2),
-        audio=np.frombuffer(parts[5], np.uint8).reshape(frames, media.MEL_CHANNELS),
+        spans=np.frombuffer(record, SPAN, spans, at[2]),
+        patches=np.frombuffer(record, np.uint8, patches * patch_bytes, at[3]).reshape(patches, patch_bytes),
+        patch_xy=np.frombuffer(record, "<i2", patches * 2, at[4]).reshape(patches, 2),
+        audio=np.frombuffer(record, np.uint8, frames * media.MEL_CHANNELS, at[5]).reshape(frames, media.MEL_CHANNELS),
     )

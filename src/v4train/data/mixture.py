@@ -9,9 +9,9 @@ sampling by a random number would leave the shares, and the resume, to chance.
 """
 
 import dataclasses
+import fractions
+import math
 from typing import NamedTuple
-
-_RESOLUTION = 2**24  # weights are rounded to this many equal parts
 
 
 class SourceRow(NamedTuple):
@@ -23,7 +23,7 @@ class SourceRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Shares of the sources, as integers of at least 1."""
+    """Shares of the sources, in the smallest integers."""
 
     parts: tuple[int, ...]
 
@@ -38,8 +38,10 @@ class Mixture:
             raise ValueError(
                 f"weights of the data sources must be positive, got {list(weights)}: remove a source instead of weighting it 0"
             )
-        total = sum(weights)
-        return cls(tuple(max(1, round(weight / total * _RESOLUTION)) for weight in weights))
+        exact = [fractions.Fraction(repr(float(weight))) for weight in weights]  # 0.1 as it is written, not as it is stored
+        whole = math.lcm(*(part.denominator for part in exact))
+        parts = [int(part * whole) for part in exact]
+        return cls(tuple(part // math.gcd(*parts) for part in parts))
 
     @property
     def shares(self) -> tuple[float, ...]:

@@ -239,7 +239,7 @@ class TokenStore:
             raise document_lib.DamagedRecordError(f"unreadable: {str(error).splitlines()[0][:160]}") from None
         document = document_lib.decode(record)
         self._rules.check(document)
-        if len(document.tokens) != self.documents[i]["tokens"] or not np.array_equal(document.spans, self.spans_of(i)):
+        if len(document.tokens) != self.documents[i]["tokens"] or document.spans.tobytes() != self.spans_of(i).tobytes():
             raise document_lib.DamagedRecordError("it differs from the index")
         return document
 
@@ -254,7 +254,7 @@ class TokenStore:
 
 def _load_index(path: pathlib.Path, name: str) -> np.ndarray:
     try:
-        array = np.load(path / name, mmap_mode="r")
+        array = np.load(path / name, mmap_mode="r").view(np.ndarray)  # still mapped; indexing a `memmap` is slow
     except (ValueError, OSError) as error:
         raise ValueError(f"data store {path}: {name} cannot be read ({error}); copy or build the store again") from None
     if array.dtype != _INDEX[name] or array.ndim != 1:
