@@ -143,3 +143,16 @@ def test_a_recipe_check_lists_every_difference():
     with pytest.raises(ValueError, match=r"train\.steps"):
         restore.check_recipe(saved, current, ignore=("checkpoint", "model", "train.step"))
     restore.check_recipe({"a": (1, 2)}, {"a": [1, 2]})
+
+
+def test_a_restored_state_may_be_donated(tmp_path, keep_all):
+    expected = {f"w{i}": np.random.default_rng(i).normal(size=(256, 128)).astype(np.float32) for i in range(4)}
+    state = place(expected, (4, 2))
+    with Manager(tmp_path, config=keep_all) as manager:
+        manager.save(1, state, metadata={})
+    restored = restore.restore(tmp_path, template=as_template(state)).state
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    for _ in range(3):
+        restored = step(restored)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(np.asarray(restored[name]), ((value + np.float32(1)) + np.float32(1)) + np.float32(1))

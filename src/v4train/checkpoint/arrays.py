@@ -17,6 +17,7 @@ import asyncio
 import functools
 import logging
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -95,13 +96,23 @@ def read(directory: pathlib.Path, *, wanted: dict[str, jax.ShapeDtypeStruct]) ->
 def _handler() -> Any:
     import orbax.checkpoint as ocp
 
-    logging.getLogger("absl").addFilter(_is_not_a_failed_write)
+    _silence_failed_writes()
     # Replica-parallel writing slices arrays on the device, which compiles a program per shape and needs device memory.
     array_handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, array_handler))
     return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False, type_handler_registry=registry)
 
 
-def _is_not_a_failed_write(record: logging.LogRecord) -> bool:
-    # Orbax logs the stack trace of a failed write in every thread that sees it. The manager reports it once, in one line.
-    return "_SignalingThread.run() raised an exception" not in str(record.msg)
+def _silence_failed_writes() -> None:
+    """A write that fails (full disk) is reported once, in one line, by the manager; two others would report it hundreds of times."""
+    # Orbax logs the stack trace in every thread that sees the error.
+    logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised an exception" not in str(record.msg))
+
+    # Orbax closes its event loop at the first error; TensorStore then fails to tell it about each of the other writes.
+    report = sys.unraisablehook
+
+    def report_others(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            report(unraisable)
+
+    sys.unraisablehook = report_others
