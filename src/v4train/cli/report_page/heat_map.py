@@ -101,9 +101,9 @@ def _caption(load: np.ndarray, *, layers: tuple[str, ...]) -> str:
     total = int(np.isfinite(load).sum())
     text = f"Busiest: layer {layers[layer]}, expert {expert}, at {load[layer, expert]:.2f} times the uniform load."
     if low:
-        text += f" {low:,} of {total:,} experts get less than a quarter of it."
+        text += f" Below a quarter of it: {low:,} of {total:,} experts."
     if idle:
-        text += f" {idle:,} of {total:,} were never chosen."
+        text += f" Never chosen: {idle:,} of {total:,} experts."
     return text
 
 

@@ -17,6 +17,7 @@ const project = (v, low, high, start, end, log) => {
   if (log) [v, low, high] = [Math.log(v), Math.log(low), Math.log(high)];
   return start + (v - low) / (high - low) * (end - start);
 };
+const room = chart => Math.max(240, Math.round(chart.svg.parentNode.clientWidth));
 const axis = () => { const c = data.choices[state.clock]; return state.log && c.log ? [c.log, true] : [c.linear, false]; };
 const make = (name, attributes, text) => {
   const e = document.createElementNS(SVG, name);
@@ -28,7 +29,7 @@ const number = v => {
   const a = Math.abs(v);
   for (const [limit, suffix] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e4, "K"]])
     if (a >= limit) return +(v / (limit === 1e4 ? 1e3 : limit)).toPrecision(4) + suffix;
-  return a && a < 1e-3 ? v.toExponential(2) : String(+v.toPrecision(4));
+  return a && a < 1e-3 ? v.toExponential(2) : Number.isInteger(v) ? String(v) : v.toPrecision(4);
 };
 
 function points(chart, curve) {
@@ -40,7 +41,7 @@ function points(chart, curve) {
   });
 }
 function draw(chart) {
-  const width = chart.width = Math.max(240, Math.round(chart.svg.parentNode.clientWidth)), end = width - RIGHT, svg = chart.svg;
+  const width = chart.width = room(chart), end = width - RIGHT, svg = chart.svg;
   const [x, log] = axis();
   svg.setAttribute("viewBox", `0 0 ${width} ${data.height}`);
   svg.querySelector("clipPath rect").setAttribute("width", end - LEFT + 10);
@@ -112,14 +113,15 @@ function point(chart, at) {
   for (const [curve, hit] of rows) {
     const [row, label, square, value] = ["div", "span", "i", "span"].map(name => document.createElement(name));
     square.className = "c" + curve.style;
-    label.append(square, curve.label);
+    const step = data.abscissas[curve.abscissa].step[hit[2]];
+    label.append(square, curve.label + (step === a.step[where.i] ? "" : ` (step ${step.toLocaleString("en")})`));
     value.textContent = number(curve.values[hit[2]]);
     row.append(label, value);
     chart.tip.append(row);
   }
   chart.tip.hidden = false;
-  const room = chart.tip.offsetWidth + 14;
-  chart.tip.style.left = (at + room < chart.width ? at + 12 : Math.max(0, at - room)) + "px";
+  const needed = chart.tip.offsetWidth + 12;
+  chart.tip.style.left = (at + needed <= chart.width || at < needed / 2 ? at + 12 : Math.max(0, at - needed)) + "px";
 }
 for (const chart of charts) {
   const local = event => (event.clientX - chart.svg.getBoundingClientRect().left) * chart.width / chart.svg.getBoundingClientRect().width;
@@ -165,7 +167,7 @@ for (const figure of document.querySelectorAll("[data-heat]")) {
   });
 }
 redraw();
-addEventListener("resize", redraw);
+addEventListener("resize", () => { if (charts.some(c => c.width !== room(c))) redraw(); });
 addEventListener("beforeprint", redraw);
 addEventListener("afterprint", redraw);
 })();

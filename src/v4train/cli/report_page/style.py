@@ -64,7 +64,7 @@ gap:14px 22px;margin:22px 0 0}
 .scroll{overflow-x:auto}
 .table{margin-top:18px;max-width:max-content}
 table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
-caption{text-align:left;font-weight:600;font-size:15px;padding-bottom:6px}
+caption{text-align:left;white-space:nowrap;font-weight:600;font-size:15px;padding-bottom:6px}
 th,td{padding:6px 14px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap;font-weight:400}
 th:first-child{text-align:left;padding-left:0}
 thead th{color:var(--soft);font-size:13px;vertical-align:bottom}
@@ -138,5 +138,5 @@ td.bar{display:none}th,td{padding:6px 9px}}
 @media print{body{font-size:11pt}main{max-width:none;padding:0}.controls,.heat-choice,.tip{display:none!important}
 .grid2{grid-template-columns:minmax(0,1fr);gap:18px}.tiles{grid-template-columns:repeat(5,1fr)}
 figure,.tiles,tr{break-inside:avoid}h2,figcaption,.legend{break-after:avoid}.scroll{overflow:visible}.cells-of{min-width:0}
-*{-webkit-print-color-adjust:exact;print-color-adjust:exact}details:not([open]){display:none}}
+*{-webkit-print-color-adjust:exact;print-color-adjust:exact}details:not([open]),section:has(>details):not(:has(>details[open])){display:none}}
 """
