@@ -165,11 +165,16 @@ def map_declarations(function: Callable[[str, Declaration], object], tree: dict)
     return jax.tree_util.tree_map_with_path(lambda path, d: function(path_name(path), d), tree, is_leaf=is_declaration)
 
 
+def fold(seed: int, name: str) -> int:
+    """A seed of its own for everything that has a name: independent of what else is drawn, and of the order."""
+    return zlib.crc32(f"{seed}/{name}".encode()) & 0x7FFFFFFF
+
+
 def initialise(tree: dict, key: jax.Array) -> dict:
     """Draws every parameter of a nested dict of declarations (call it under `jax.jit` with output shardings)."""
 
     def draw(path: str, d: Declaration) -> jax.Array:
-        return d.init(jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF), d.shape, d.dtype)
+        return d.init(jax.random.fold_in(key, fold(0, path)), d.shape, d.dtype)
 
     return map_declarations(draw, tree)
 

@@ -24,7 +24,6 @@ back it would hold ``ep^2 T k`` rows.)
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -80,37 +79,37 @@ def route_through_experts(
 
     slot_expert = expert_ids.reshape(-1)
     order = jnp.argsort(slot_expert)
-    place = jnp.argsort(order)
+    place = jnp.argsort(order).reshape(expert_ids.shape)
     counts = jnp.sum(slot_expert[:, None] == jnp.arange(num_experts)[None], axis=0, dtype=jnp.int32)
 
-    rows = _gather(x, order, place, expert_ids.shape[1])
+    rows = _gather(x, order, place)
     if devices == 1:
         rows = expert_fn(rows, counts)
     else:
         assert axis_name is not None
-        sources, holders = _sides(counts, axis_name)
-        there = _Link(len(rows), devices * len(rows), axis_name, transport)
-        arrived = _exchange(rows, sources, holders, there)
-        rows = _exchange(expert_fn(arrived, holders.sizes.sum(0)), holders, sources, there.reversed())
-    rows = _gather(rows, place, order, 1).reshape(*expert_ids.shape, -1)
+        slots = len(rows)
+        group_sizes, there, back = _plans(counts, slots, transport, axis_name)
+        link = _Link(slots, devices * slots, transport, axis_name)
+        rows = expert_fn(_exchange(rows, there, back, link), group_sizes)
+        rows = _exchange(rows, back, there, link.reversed())
+    rows = _gather(rows, place.reshape(-1), order[:, None]).reshape(*expert_ids.shape, -1)
 
     weights = jnp.where(expert_ids < num_experts, weights, 0)
     return jnp.sum(weights[:, :, None] * rows.astype(jnp.float32), axis=1).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _gather(x: Array, order: Array, place: Array, copies: int) -> Array:
-    """``repeat(x, copies)[order]``; ``place`` is the inverse of the permutation ``order``."""
-    return _rows(x, order // copies)
+@jax.custom_vjp
+def _gather(x: Array, order: Array, place: Array) -> Array:
+    """``repeat(x, k)[order]``; ``place`` [len(x), k] is the inverse of the permutation ``order``."""
+    return _rows(x, lax.div(order, place.shape[1]))
 
 
-def _gather_forward(x: Array, order: Array, place: Array, copies: int) -> tuple[Array, Array]:
-    return _gather(x, order, place, copies), place
+def _gather_forward(x: Array, order: Array, place: Array) -> tuple[Array, Array]:
+    return _gather(x, order, place), place
 
 
-def _gather_backward(copies: int, place: Array, dy: Array) -> tuple[Array, None, None]:
-    dx = _rows(dy, place).reshape(-1, copies, dy.shape[-1])
-    return dx.sum(1, dtype=jnp.float32).astype(dy.dtype), None, None
+def _gather_backward(place: Array, dy: Array) -> tuple[Array, None, None]:
+    return _rows(dy, place).sum(1, dtype=jnp.float32).astype(dy.dtype), None, None
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
@@ -120,95 +119,106 @@ def _rows(x: Array, index: Array) -> Array:
     return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Side:
-    """Where this device's slices lie, i32[ep, E/ep] each: by the other device, then by expert.
+Plan = tuple[Array, ...]
+"""What a transport needs to know to move rows in one direction; both directions' plans are made once, and swapped to differentiate."""
 
-    Attributes:
-        offsets: first row of the slice in the buffer of this side.
-        sizes: rows.
-        remote_offsets: first row of the slice in the other device's buffer of the other side.
+
+def _plans(counts: Array, slots: int, transport: Transport, axis_name: str) -> tuple[Array, Plan, Plan]:
+    """From this device's counts per expert: the group sizes of its own experts, and the plans of the ways there and back.
+
+    A device appears on both sides: as a *source* of tokens and as a *holder* of experts. On either side its slices are tables [ep, E/ep]:
+    by the other device, then by expert.
     """
-
-    offsets: Array
-    sizes: Array
-    remote_offsets: Array
-
-
-def _sides(counts: Array, axis_name: str) -> tuple[_Side, _Side]:
-    """This device as a source of tokens and as a holder of experts, from its counts per (global) expert."""
     devices = lax.axis_size(axis_name)
-    table = lax.all_gather(counts, axis_name).reshape(devices, devices, -1)  # [source, holder, expert]
-    sent = _starts(table)
-    landed = _starts(table.transpose(1, 2, 0)).transpose(2, 0, 1)
     here = lax.axis_index(axis_name)
-    row, column = (functools.partial(lax.dynamic_index_in_dim, index=here, axis=axis, keepdims=False) for axis in (0, 1))
-    return _Side(row(sent), row(table), row(landed)), _Side(column(landed), column(table), column(sent))
+    table = lax.all_gather(counts, axis_name).reshape(devices, devices, -1)  # [source, holder, expert]
+    in_source = _starts(table)
+    in_holder = _starts(table.transpose(1, 2, 0)).transpose(2, 0, 1)
+    mine = [lax.dynamic_index_in_dim(t, here, 0, keepdims=False) for t in (table, in_source, in_holder)]
+    held = [lax.dynamic_index_in_dim(t, here, 1, keepdims=False) for t in (table, in_holder, in_source)]
+    group_sizes = held[0].sum(0)
+    if transport == "ragged":
+        return group_sizes, _ragged_plan(mine, held), _ragged_plan(held, mine)
+    pack_source, unpack_source = _slab_maps(mine[0], mine[1], rows=slots, slab_rows=slots)
+    pack_holder, unpack_holder = _slab_maps(held[0], held[1], rows=devices * slots, slab_rows=slots)
+    return group_sizes, (pack_source, unpack_holder), (pack_holder, unpack_source)
+
+
+def _ragged_plan(here: list[Array], there: list[Array]) -> Plan:
+    sizes, offsets, remote_offsets = (t.reshape(-1) for t in here)
+    return offsets, sizes, remote_offsets, there[0].reshape(-1)
 
 
 def _starts(sizes: Array) -> Array:
-    """First row of each slice if those of a device [the first axis] follow each other in the order of the other axes."""
+    """First row of each slice, if those of a device [the first axis] follow each other in the order of the other axes."""
     flat = sizes.reshape(len(sizes), -1)
     return (jnp.cumsum(flat, axis=1) - flat).reshape(sizes.shape)
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Link:
-    """What is static about an exchange: rows of the buffer here and of the one there, and the way."""
+    """What is static about an exchange: the rows of the buffer here and of the one there, and the way between them."""
 
     rows_here: int
     rows_there: int
-    axis_name: str
     transport: Transport
+    axis_name: str
 
     def reversed(self) -> "_Link":
         return dataclasses.replace(self, rows_here=self.rows_there, rows_there=self.rows_here)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _exchange(rows: Array, here: _Side, there: _Side, link: _Link) -> Array:
-    """Sends the slices of side ``here`` into a buffer laid out as side ``there``, whose other rows are zero."""
+@jax.custom_vjp
+def _exchange(rows: Array, plan: Plan, reverse: Plan, link: _Link) -> Array:
+    """Moves rows into a buffer on the other side; its rows that nothing is sent to are zero."""
     assert len(rows) == link.rows_here, (rows.shape, link)
     if link.transport == "emulated":
-        return _emulated(rows, here, there, link)
-    slices = [a.reshape(-1) for a in (here.offsets, here.sizes, here.remote_offsets, there.sizes)]
+        pack, unpack = plan
+        return _rows_or_zero(lax.all_to_all(_rows(rows, pack), link.axis_name, 0, 0, tiled=True), unpack)
     buffer = jnp.zeros_like(rows, shape=(link.rows_there, rows.shape[1]))
-    return lax.ragged_all_to_all(rows, buffer, *slices, axis_name=link.axis_name)
+    return lax.ragged_all_to_all(rows, buffer, *plan, axis_name=link.axis_name)
 
 
-def _exchange_forward(rows: Array, here: _Side, there: _Side, link: _Link) -> tuple[Array, tuple[_Side, _Side]]:
-    return _exchange(rows, here, there, link), (here, there)
+def _exchange_forward(rows: Array, plan: Plan, reverse: Plan, link: _Link) -> tuple[Array, tuple[Plan, Plan, _Link]]:
+    return _exchange(rows, plan, reverse, link), (plan, reverse, link)
 
 
-def _exchange_backward(link: _Link, sides: tuple[_Side, _Side], dy: Array) -> tuple[Array, None, None]:
-    here, there = sides
-    return _exchange(dy, there, here, link.reversed()), None, None
+def _exchange_backward(saved: tuple[Plan, Plan, _Link], dy: Array) -> tuple[Array, None, None, None]:
+    plan, reverse, link = saved
+    return _exchange(dy, reverse, plan, link.reversed()), None, None, None
 
 
 _exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
-def _emulated(rows: Array, here: _Side, there: _Side, link: _Link) -> Array:
-    """The same by a dense all-to-all of one slab for each device, in which the slices for that device follow each other."""
-    slab_rows = min(link.rows_here, link.rows_there)
-    slab_starts = slab_rows * jnp.arange(len(here.sizes))[:, None]
-    packed, unpacked = _starts(here.sizes), _starts(there.sizes) + slab_starts
-    source = _translate(jnp.arange(slab_rows)[None], packed[:, None], here.sizes[:, None], here.offsets[:, None])
-    slabs = lax.all_to_all(_rows_or_zero(rows, source.reshape(-1)), link.axis_name, 0, 0, tiled=True)
-    flat = (a.reshape(1, -1) for a in (there.offsets, there.sizes, unpacked))
-    return _rows_or_zero(slabs, _translate(jnp.arange(link.rows_there), *flat))
+def _slab_maps(sizes: Array, offsets: Array, *, rows: int, slab_rows: int) -> tuple[Array, Array]:
+    """For the emulation, where a buffer is exchanged as one slab [slab_rows] for each other device, holding its slices one after the other.
+
+    Args:
+        sizes: rows of each slice, i32[ep, E/ep].
+        offsets: their first rows in the buffer.
+        rows: of the buffer.
+        slab_rows: of a slab.
+
+    Returns:
+        The buffer's row for each row of the slabs (0 where there is none: nobody reads it), and the slabs' row for each row of the
+        buffer (beyond the end where there is none).
+    """
+    devices = len(sizes)
+    in_slab = _starts(sizes)
+    pack = _translate(jnp.arange(slab_rows)[None, :, None], in_slab[:, None], sizes[:, None], offsets[:, None], otherwise=0)
+    in_slabs = in_slab + slab_rows * jnp.arange(devices)[:, None]
+    flat = (t.reshape(1, -1) for t in (offsets, sizes, in_slabs))
+    unpack = _translate(jnp.arange(rows)[:, None], *flat, otherwise=devices * slab_rows)
+    return pack.reshape(-1), unpack
 
 
-_NOWHERE = 2**30
-"""Beyond any buffer, and still an i32 when a row number is added."""
-
-
-def _translate(row: Array, starts: Array, sizes: Array, targets: Array) -> Array:
-    """Maps row ``starts[s] + i`` to ``targets[s] + i`` for i < sizes[s], and rows outside of every slice s (last axis) to beyond _NOWHERE."""
-    row = row[..., None]
-    inside = (row >= starts) & (row < starts + sizes)
-    return _NOWHERE + jnp.sum(jnp.where(inside, targets - starts - _NOWHERE, 0), axis=-1) + row[..., 0]
+def _translate(row: Array, starts: Array, sizes: Array, targets: Array, *, otherwise: int) -> Array:
+    """Maps row ``starts + i`` to ``targets + i`` for 0 <= i < sizes; the slices, disjoint, are the last axis."""
+    into = row - starts
+    inside = (into >= 0) & (into < sizes)
+    return otherwise + jnp.sum(jnp.where(inside, into + (targets - otherwise), 0), axis=-1)
 
 
 def _rows_or_zero(x: Array, index: Array) -> Array:

@@ -162,7 +162,8 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 def _blocks(size: Array, buffer_rows: int) -> Array:
-    return -(-size // min(BLOCK_ROWS, buffer_rows))
+    block_rows = min(BLOCK_ROWS, buffer_rows)
+    return lax.div(size + (block_rows - 1), block_rows)
 
 
 def _block(i: Array, size: Array, end: Array, buffer_rows: int) -> tuple[Array, Array]:
@@ -175,8 +176,13 @@ def _block(i: Array, size: Array, end: Array, buffer_rows: int) -> tuple[Array, 
 
 
 def _take(rows: Array, start: Array, mine: Array) -> Array:
-    return jnp.where(mine, lax.dynamic_slice_in_dim(rows, start, len(mine)), 0)
+    return jnp.where(mine, _slice(rows, start, len(mine)), 0)
 
 
 def _add(rows: Array, block: Array, start: Array) -> Array:
-    return lax.dynamic_update_slice_in_dim(rows, lax.dynamic_slice_in_dim(rows, start, len(block)) + block, start, 0)
+    block = _slice(rows, start, len(block)) + block
+    return lax.dynamic_update_slice_in_dim(rows, block, start, 0, allow_negative_indices=False)
+
+
+def _slice(rows: Array, start: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(rows, start, size, allow_negative_indices=False)

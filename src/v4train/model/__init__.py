@@ -1,0 +1,1 @@
+"""The V4 model: embedding and stems, attention kinds, hyper-connections, experts, multi-token prediction."""

@@ -1,0 +1,1 @@
+"""The attention kinds, one file each, and the projections they share."""

@@ -1,0 +1,27 @@
+"""Compressed entries of a layer: project, pool per block, normalise, rotate at the block's first position."""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from v4train.core import param
+from v4train.model import config as config_lib
+from v4train.ops import compress, norm, rope
+
+
+class Compressor(nnx.Module):
+    """Pools blocks of ``ratio`` tokens into entries of ``width`` channels, overlapping or not."""
+
+    def __init__(self, config: config_lib.ModelConfig, *, ratio: int, width: int, overlap: bool):
+        features, init = width * (2 if overlap else 1), param.Normal(config.init_std)
+        self.overlap, self.eps = overlap, config.norm_eps
+        self.wkv = param.param((config.hidden, features), "D K", init)
+        self.wgate = param.param((config.hidden, features), "D K", init)
+        self.ape = param.param((ratio, features), "_ K", init, group="adamw", decay=False, precision="fp32")
+        self.norm = param.scale(width, "K")
+
+    def __call__(self, x: Float[Array, "b s d"], blocks: compress.Blocks, *, freqs: np.ndarray) -> Float[Array, "b n k"]:
+        values, gates = x @ self.wkv[...], jnp.einsum("bsd,dk->bsk", x, self.wgate[...], preferred_element_type=jnp.float32)
+        pooled = compress.pool(values, gates, self.ape[...], blocks, overlap=self.overlap)
+        return rope.rotate(norm.rms_norm(pooled, self.norm[...], eps=self.eps), blocks.position, freqs=freqs)

@@ -1,0 +1,71 @@
+"""Queries, the shared key/value head and the grouped output: common to all attention kinds (V4 report 2.3).
+
+The low-rank query latent is also what the indexer reads. Queries get an RMSNorm per head without a weight, after the up-projection; the key/value
+head gets one with a weight. Heads are projected out in groups: each group has its own matrix to a low rank, then one matrix takes all
+groups to the hidden width.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from v4train.core import param
+from v4train.model import config as config_lib
+from v4train.ops import norm, rope, sparse_attention
+
+
+class AttentionOutput(NamedTuple):
+    """What an attention layer gives: its contribution to the streams, and the indexer's loss summed over tokens (0 without one)."""
+
+    out: Float[Array, "b s d"]
+    indexer_loss: Float[Array, ""]
+
+
+def frequencies(config: config_lib.AttentionConfig, *, compressed: bool) -> np.ndarray:
+    """Rotation of a layer kind: plain 10k for window layers, 160k with YaRN for layers with compressed entries."""
+    if not compressed:
+        return rope.frequencies(config.rope_dim, theta=config.rope_theta)
+    scaling = {} if config.yarn is None else config.yarn.model_dump()
+    return rope.frequencies(config.rope_dim, theta=config.compressed_rope_theta, **scaling)
+
+
+class Projections(nnx.Module):
+    """The weights around the attention operation."""
+
+    def __init__(self, config: config_lib.ModelConfig):
+        a, d, init = config.attention, config.hidden, param.Normal(config.init_std)
+        self.heads, self.groups, self.eps = a.heads, a.output_groups, config.norm_eps
+        self.wq_a = param.param((d, a.query_rank), "D R", init)
+        self.q_norm = param.scale(a.query_rank, "R")
+        self.wq_b = param.param((a.query_rank, a.heads * a.head_dim), "R H", init)
+        self.wkv = param.param((d, a.head_dim), "D K", init)
+        self.kv_norm = param.scale(a.head_dim, "K")
+        self.sink = param.param((a.heads,), "_", param.Constant(0.0), group="adamw", decay=False, precision="fp32")
+        self.wo_a = param.param((a.output_groups, a.heads // a.output_groups * a.head_dim, a.output_rank), "G H R", init)
+        self.wo_b = param.param((a.output_groups * a.output_rank, d), "R D", init)
+
+    def latent(self, x: Float[Array, "b s d"]) -> Float[Array, "b s r"]:
+        """The normalised low-rank latent that queries and index queries are made of."""
+        return norm.rms_norm(x @ self.wq_a[...], self.q_norm[...], eps=self.eps)
+
+    def queries(self, latent: Float[Array, "b s r"], positions: Int[Array, "b s"], *, freqs: np.ndarray) -> Float[Array, "b s h k"]:
+        """Rotated queries."""
+        query = (latent @ self.wq_b[...]).reshape(*latent.shape[:2], self.heads, -1)
+        return rope.rotate(norm.rms_norm(query, eps=self.eps), positions, freqs=freqs)
+
+    def keys(self, x: Float[Array, "b s d"], positions: Int[Array, "b s"], *, freqs: np.ndarray) -> Float[Array, "b s k"]:
+        """Rotated raw keys, which are the values too."""
+        return rope.rotate(norm.rms_norm(x @ self.wkv[...], self.kv_norm[...], eps=self.eps), positions, freqs=freqs)
+
+    def output(
+        self, attended: sparse_attention.Attended, positions: Int[Array, "b s"], *, freqs: np.ndarray, dtype: jnp.dtype
+    ) -> AttentionOutput:
+        """Turns the result back by the query's position and projects it to the hidden width."""
+        heads = rope.rotate(attended.out, positions, freqs=freqs, inverse=True).astype(dtype)
+        grouped = heads.reshape(*heads.shape[:2], self.groups, -1)
+        low = jnp.einsum("bsgh,ghr->bsgr", grouped, self.wo_a[...])
+        out = low.reshape(*heads.shape[:2], -1) @ self.wo_b[...]
+        return AttentionOutput(out, attended.indexer_loss.sum())

@@ -1,0 +1,211 @@
+"""Config of the model. Sizes are counts of features, tokens or heads; names follow the V4 report."""
+
+from typing import Annotated, Literal
+
+import pydantic
+
+from v4train.config import base
+
+_Positive = Annotated[int, pydantic.Field(gt=0)]
+MODALITIES = ("text", "image", "audio")
+
+
+class YarnConfig(base.Config):
+    """YaRN scaling of the rotation on layers with compressed entries. No attention temperature."""
+
+    factor: float = pydantic.Field(default=16.0, ge=1)
+    original_positions: _Positive = 65_536
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+class WindowConfig(base.Config):
+    """Attention to the last raw tokens only."""
+
+    kind: Literal["window"] = "window"
+
+    @property
+    def ratio(self) -> int:
+        """Tokens per compressed entry; 0 for a layer without entries."""
+        return 0
+
+
+class CompressedSparseConfig(base.Config):
+    """CSA: overlapping compression, an indexer, and attention to the entries it selects."""
+
+    kind: Literal["csa"] = "csa"
+    ratio: Annotated[int, pydantic.Field(ge=1)] = 4
+    """Tokens per compressed entry (m)."""
+    index_heads: _Positive = 64
+    index_head_dim: _Positive = 128
+    top_k: _Positive = 512
+    """Entries that a query attends."""
+    phase: Literal["dense", "warmup", "sparse"] = "sparse"
+    """dense: every visible entry, no indexer; warmup: every visible entry, only the indexer learns; sparse: the selected entries."""
+
+
+class HeavilyCompressedConfig(base.Config):
+    """HCA: strong compression without overlap, attention to every visible entry."""
+
+    kind: Literal["hca"] = "hca"
+    ratio: Annotated[int, pydantic.Field(ge=1)] = 128
+
+
+AttentionKind = Annotated[WindowConfig | CompressedSparseConfig | HeavilyCompressedConfig, pydantic.Field(discriminator="kind")]
+
+
+class AttentionConfig(base.Config):
+    """What the three kinds share."""
+
+    heads: _Positive
+    head_dim: _Positive
+    rope_dim: Annotated[int, pydantic.Field(gt=0, multiple_of=2)]
+    """Trailing channels of a head that carry the rotation."""
+    query_rank: _Positive
+    output_groups: _Positive
+    output_rank: _Positive
+    window: _Positive = 128
+    """Raw tokens a query sees, itself included."""
+    rope_theta: float = pydantic.Field(default=10_000.0, gt=0)
+    """Of window layers."""
+    compressed_rope_theta: float = pydantic.Field(default=160_000.0, gt=0)
+    """Of layers with compressed entries: for queries, raw keys, entries and indexer alike."""
+    yarn: YarnConfig | None = YarnConfig()
+    chunk: _Positive = 128
+    """Queries computed at a time; memory grows with it, results do not depend on it."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self):
+        if self.rope_dim > self.head_dim:
+            raise ValueError(f"rope_dim {self.rope_dim} is larger than head_dim {self.head_dim}")
+        if self.heads % self.output_groups:
+            raise ValueError(f"heads {self.heads} must be a multiple of output_groups {self.output_groups}")
+        return self
+
+
+class HyperConnectionConfig(base.Config):
+    """Manifold-constrained hyper-connections (mHC)."""
+
+    streams: _Positive = 4
+    iterations: _Positive = 20
+    """Sinkhorn steps."""
+    eps: float = pydantic.Field(default=1e-6, gt=0)
+    scale_init: float = 0.01
+    """First value of the gating factors: 0.01 as Megatron, 1 as `transformers`; DeepSeek's is unpublished."""
+
+
+class MoeConfig(base.Config):
+    """Mixture of experts, in every layer."""
+
+    experts: _Positive
+    top_k: _Positive
+    ffn: _Positive
+    """Hidden width of an expert, the shared one included."""
+    shared: _Positive = 1
+    scaling: float = pydantic.Field(default=1.5, gt=0)
+    """Factor on the normalised mixing weights (1.5 Flash, 2.5 Pro)."""
+    swiglu_limit: float = pydantic.Field(default=10.0, gt=0)
+    hash_layers: int = pydantic.Field(default=3, ge=0)
+    """First layers, whose text tokens are routed by a fixed table of token ids."""
+    bias_speed: float = pydantic.Field(default=0.001, ge=0)
+    """Change of the selection bias per step."""
+    balance_loss: float = pydantic.Field(default=1e-4, ge=0)
+    """Weight of the sequence-wise balance loss."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self):
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k {self.top_k} is larger than experts {self.experts}")
+        return self
+
+
+class ImageStemConfig(base.Config):
+    """Image patches -> embeddings, without a pretrained encoder."""
+
+    patch: _Positive = 32
+    """Pixels of a patch's side; three uint8 channels."""
+    grid: _Positive = 1120
+    """Rows of each position table: the most patches along one side."""
+
+
+class AudioStemConfig(base.Config):
+    """dMel frames -> embeddings."""
+
+    bins: _Positive = 80
+    levels: _Positive = 16
+
+
+class MtpConfig(base.Config):
+    """Multi-token prediction, depth 1: predicts the token after the next with a block of its own."""
+
+    loss_weight: float = pydantic.Field(default=0.3, ge=0)
+
+
+class LayerRun(base.Config):
+    """``pattern`` of attention kinds, ``repeat`` times."""
+
+    pattern: tuple[str, ...] = pydantic.Field(min_length=1)
+    repeat: _Positive = 1
+
+
+class ModelConfig(base.Config):
+    """The whole model."""
+
+    vocab_size: _Positive
+    hidden: _Positive
+    """Width d of the residual streams."""
+    kinds: tuple[AttentionKind, ...] = (WindowConfig(), CompressedSparseConfig(), HeavilyCompressedConfig())
+    """One entry per attention kind used."""
+    layers: tuple[LayerRun, ...] = pydantic.Field(min_length=1)
+    attention: AttentionConfig
+    hyper: HyperConnectionConfig = HyperConnectionConfig()
+    moe: MoeConfig
+    mtp: MtpConfig | None = MtpConfig()
+    image: ImageStemConfig | None = None
+    audio: AudioStemConfig | None = None
+    media_tokens: tuple[int, ...] = ()
+    """Token ids that mark media slots: they are never predicted."""
+    max_positions: _Positive = 1_048_576
+    norm_eps: float = pydantic.Field(default=1e-6, gt=0)
+    init_std: float = pydantic.Field(default=0.02, gt=0)
+    indexer_loss: float = pydantic.Field(default=1e-2, ge=0)
+    """Weight of the indexer's KL loss."""
+    remat: Literal["none", "full", "dots"] = "full"
+    """What a layer keeps for the backward pass. none: everything; dots: results of matrix products; full: its input only."""
+    loss_chunk: _Positive = 2048
+    """Positions per row whose logits exist at a time."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self):
+        names = [kind.kind for kind in self.kinds]
+        if len(set(names)) != len(names):
+            raise ValueError(f"kinds lists an attention kind twice: {names}")
+        for run in self.layers:
+            for name in run.pattern:
+                if name not in names:
+                    raise ValueError(f"layers names the attention kind {name!r}, which kinds does not define (defined: {names})")
+        if self.moe.hash_layers > self.depth:
+            raise ValueError(f"moe.hash_layers {self.moe.hash_layers} is larger than the number of layers {self.depth}")
+        for kind in self.kinds:
+            if isinstance(kind, CompressedSparseConfig) and kind.index_head_dim < self.attention.rope_dim:
+                raise ValueError(f"index_head_dim {kind.index_head_dim} is smaller than attention.rope_dim {self.attention.rope_dim}")
+        return self
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The attention kind of every layer."""
+        return tuple(name for run in self.layers for _ in range(run.repeat) for name in run.pattern)
+
+    @property
+    def depth(self) -> int:
+        """Number of layers, without the MTP block."""
+        return len(self.layer_kinds)
+
+    def kind(self, name: str) -> WindowConfig | CompressedSparseConfig | HeavilyCompressedConfig:
+        """The config of an attention kind."""
+        return next((kind for kind in self.kinds if kind.kind == name), WindowConfig())
+
+    @property
+    def compress_ratios(self) -> tuple[int, ...]:
+        """Tokens per entry of every layer, and a last 0 for the MTP block, as the released config files list them."""
+        return (*(self.kind(name).ratio for name in self.layer_kinds), 0)

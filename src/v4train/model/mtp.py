@@ -1,0 +1,43 @@
+"""Multi-token prediction of depth 1 (V4 report, after V3): from the streams at t and the embedding of token t + 1, predict token t + 2.
+
+Each stream gets the projected embedding of the next token added to its own projection; one window-attention block with experts follows; its own
+collapse and norm lead to the shared output head. At the end of a document there is no next token: the embedding is zero there, never the
+first of the next document.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from v4train.core import param
+from v4train.model import block as block_lib
+from v4train.model import config as config_lib
+from v4train.model import context as context_lib
+from v4train.model import hyper_connections, stack
+from v4train.ops import norm
+
+
+class MultiTokenPrediction(nnx.Module):
+    """The MTP block with its projections."""
+
+    def __init__(self, config: config_lib.ModelConfig):
+        d, init = config.hidden, param.Normal(config.init_std)
+        self.eps, self.remat = config.norm_eps, config.remat
+        self.enorm, self.hnorm, self.norm = param.scale(d), param.scale(d), param.scale(d)
+        self.e_proj = param.param((d, d), "D _", init)
+        self.h_proj = param.param((d, d), "D _", init)
+        self.block = block_lib.Block(config, block_lib.LayerSpec("window", hashed=False))
+        self.collapse = hyper_connections.HeadCollapse(config)
+
+    def __call__(
+        self, streams: Float[Array, "b s n d"], embedded: Float[Array, "b s d"], context: context_lib.Context
+    ) -> tuple[Float[Array, "b s d"], block_lib.LayerStats]:
+        """Normalised hidden states that predict token t + 2."""
+        segments = context.inputs.segment_ids
+        following = jnp.pad(embedded[:, 1:], ((0, 0), (0, 1), (0, 0)))
+        goes_on = segments == jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
+        following = jnp.where(goes_on[..., None], following, 0)
+        extra = norm.rms_norm(following, self.enorm[...], eps=self.eps) @ self.e_proj[...]
+        streams = norm.rms_norm(streams, self.hnorm[...], eps=self.eps) @ self.h_proj[...] + extra[:, :, None]
+        streams, stats = stack.remember(self.block, policy=self.remat)(streams, context)
+        return norm.rms_norm(self.collapse(streams), self.norm[...], eps=self.eps), stats

@@ -1,0 +1,103 @@
+"""Which experts a token goes to, and how their load is balanced (V4 report 2.1; per-modality bias as V4.1's `bias_vl`).
+
+Affinity is ``sqrt(softplus(logit))`` in fp32. Selection ranks affinity *plus* a bias; the mixing weights are the *unbiased* affinities of the chosen
+experts, normalised to sum 1, times a constant. The bias has a row per modality (an image's patches and a text's words load experts
+differently) and no gradient: after a step it moves by a fixed speed towards balance (`update_bias`).
+
+The first layers are hash-routed: a fixed table gives the experts of a text token by its id, the gate still weighs them. All slots of an image
+carry the same placeholder id and would land on the same experts, so media tokens use the learned gate there too. The table is balanced by the
+token frequencies of the training data (`balanced_table`); a table of zeros, or one that ignores frequencies, floods a few experts.
+
+The balance loss is sequence-wise: per document ``E / (k T^2) sum_i (tokens that chose i) (sum of normalised affinity i)``, 1 when balanced and E / k
+when collapsed; weighted by document length.
+"""
+
+import heapq
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from v4train.core import param
+from v4train.model import config as config_lib
+from v4train.model import context as context_lib
+
+
+class Routing(NamedTuple):
+    """Where tokens go. Padding goes nowhere: expert id ``E``, weight 0."""
+
+    experts: Int[Array, "b s k"]
+    weights: Float[Array, "b s k"]
+    load: Float[Array, "m e"]  # tokens per modality and expert
+    balance_loss: Float[Array, ""]  # summed over tokens; 0 on a hash layer
+
+
+class Router(nnx.Module):
+    """The gate of one layer, with its bias and, on a hash layer, its table."""
+
+    def __init__(self, config: config_lib.ModelConfig, *, hashed: bool):
+        self.config, self.hashed = config.moe, hashed
+        moe = config.moe
+        self.gate = param.param((config.hidden, moe.experts), "D _", param.Normal(config.init_std), precision="fp32")
+        self.bias = param.buffer((len(config_lib.MODALITIES), moe.experts), "M _", dtype=jnp.float32, tags=frozenset({"router_bias"}))
+        if hashed:
+            self.table = param.buffer((config.vocab_size, moe.top_k), "_ _", dtype=jnp.int32, tags=frozenset({"hash_table"}))
+
+    def __call__(self, x: Float[Array, "b s d"], inputs: context_lib.Inputs) -> Routing:
+        moe = self.config
+        real = inputs.segment_ids > 0
+        affinity = jnp.sqrt(jax.nn.softplus(x.astype(jnp.float32) @ self.gate[...]))
+        biased = jax.lax.stop_gradient(affinity) + self.bias[...].at[inputs.modality].get(mode="promise_in_bounds")
+        experts = jax.lax.top_k(biased, moe.top_k)[1]
+        if self.hashed:
+            by_id = self.table[...].at[inputs.tokens].get(mode="promise_in_bounds")
+            experts = jnp.where((inputs.modality == 0)[..., None], by_id, experts)
+        chosen = jnp.take_along_axis(affinity, experts, axis=-1)
+        weights = chosen / jnp.sum(chosen, axis=-1, keepdims=True) * moe.scaling
+        picked = jax.nn.one_hot(experts, moe.experts, dtype=jnp.float32).sum(axis=2) * real[..., None]
+        modality = jax.nn.one_hot(inputs.modality, len(config_lib.MODALITIES), dtype=jnp.float32)
+        return Routing(
+            experts=jnp.where(real[..., None], experts, moe.experts),
+            weights=jnp.where(real[..., None], weights, 0.0),
+            load=jnp.einsum("bsm,bse->me", modality, picked),
+            balance_loss=jnp.zeros(()) if self.hashed else _balance_loss(affinity, picked, inputs.segment_ids, moe.top_k),
+        )
+
+
+def _balance_loss(affinity: Array, picked: Array, segment_ids: Array, top_k: int) -> Array:
+    documents, experts = segment_ids.shape[1] + 1, affinity.shape[-1]
+    real = (segment_ids > 0).astype(jnp.float32)
+    share = affinity / jnp.sum(affinity, axis=-1, keepdims=True) * real[..., None]
+    per_document = jax.vmap(lambda x, ids: jax.ops.segment_sum(x, ids, documents))
+    tokens = jnp.maximum(per_document(real, segment_ids), 1.0)
+    products = jnp.sum(per_document(share, segment_ids) * per_document(picked, segment_ids), axis=-1)
+    return jnp.sum(products / tokens) * experts / top_k
+
+
+def update_bias(bias: Float[Array, "... m e"], load: Float[Array, "... m e"], *, speed: float) -> Float[Array, "... m e"]:
+    """Raises the bias of experts below the mean load of a modality and lowers it above, by ``speed``; absent modalities keep theirs."""
+    return bias + speed * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
+
+
+def balanced_table(counts: np.ndarray, *, experts: int, top_k: int, seed: int) -> np.ndarray:
+    """The hash table of one layer: i32 ``[vocab, top_k]``, distinct experts per token, load balanced by frequency.
+
+    Greedy: tokens from most to least frequent take the ``top_k`` least loaded experts. Ties are broken at random, by ``seed``, so that layers differ.
+
+    Args:
+        counts: occurrences of each token id in the training data, ``[vocab]``; ids that never occur count a little.
+    """
+    rng = np.random.default_rng(seed)
+    weights = np.asarray(counts, np.float64) + max(float(np.sum(counts)), 1.0) * 1e-6 / len(counts)
+    table = np.zeros((len(counts), top_k), np.int32)
+    heap = [(0.0, float(tie), expert) for expert, tie in enumerate(rng.permutation(experts))]
+    heapq.heapify(heap)
+    for token in np.argsort(-weights, kind="stable"):
+        taken = [heapq.heappop(heap) for _ in range(top_k)]
+        table[token] = [expert for _, _, expert in taken]
+        for load, _, expert in taken:
+            heapq.heappush(heap, (load + weights[token], float(rng.random()), expert))
+    return table

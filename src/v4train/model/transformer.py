@@ -1,0 +1,124 @@
+"""The whole model: embedding, residual streams, layers, collapse, norm, head, and the multi-token prediction block.
+
+A `Transformer` is abstract until `core.param.bind` gives it arrays:
+
+    model = Transformer(config)                                   # declarations only
+    params = param.initialise(param.declarations(model), key)
+    outputs = param.bind(model, params)(inputs)
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from v4train.core import param
+from v4train.model import config as config_lib
+from v4train.model import context as context_lib
+from v4train.model import embedding, hyper_connections, mtp, router, stack
+from v4train.ops import cross_entropy, norm
+from v4train.sharding import constrain
+
+
+class Outputs(NamedTuple):
+    """What a forward pass gives. Losses are sums over tokens and layers."""
+
+    hidden: Float[Array, "b s d"]  # normalised; predicts token t + 1
+    mtp_hidden: Float[Array, "b s d"] | None  # normalised; predicts token t + 2
+    balance_loss: Float[Array, ""]
+    indexer_loss: Float[Array, ""]
+    loads: dict  # tokens per modality and expert: {"stack": {run: {place: [repeat, M, E]}}, "mtp": [M, E]}
+
+
+class Transformer(nnx.Module):
+    """A V4 decoder."""
+
+    def __init__(self, config: config_lib.ModelConfig):
+        self.config = config
+        self.embedding = param.tag(embedding.Embedding(config), "embedding")
+        self.stack = stack.Stack(config)
+        self.collapse = hyper_connections.HeadCollapse(config)
+        self.norm = param.scale(config.hidden)
+        self.head = param.param(
+            (config.hidden, config.vocab_size), "D V", param.Normal(config.init_std), group="adamw", tags=frozenset({"head"})
+        )
+        self.mtp = None if config.mtp is None else param.tag(mtp.MultiTokenPrediction(config), "mtp")
+
+    def __call__(self, inputs: context_lib.Inputs) -> Outputs:
+        """Hidden states of every position; `token_losses` and `logits` turn them into predictions."""
+        context = context_lib.make(inputs, config=self.config)
+        embedded = constrain.constrain(self.embedding(inputs), "B S D")
+        streams = jnp.broadcast_to(embedded[:, :, None], (*embedded.shape[:2], self.config.hyper.streams, embedded.shape[-1]))
+        streams, stats = self.stack(constrain.constrain(streams, "B S N D"), context)
+        hidden = norm.rms_norm(self.collapse(streams), self.norm[...], eps=self.config.norm_eps)
+        layers = [layer for run in stats.values() for layer in run.values()]
+        loads = {"stack": {name: {place: layer.load for place, layer in run.items()} for name, run in stats.items()}}
+        mtp_hidden = None
+        if self.mtp is not None:
+            mtp_hidden, mtp_stats = self.mtp(streams, embedded, context)
+            layers.append(mtp_stats)
+            loads["mtp"] = mtp_stats.load
+        return Outputs(
+            hidden=constrain.constrain(hidden, "B S D"),
+            mtp_hidden=mtp_hidden,
+            balance_loss=sum(layer.balance_loss.sum() for layer in layers),
+            indexer_loss=sum(layer.indexer_loss.sum() for layer in layers),
+            loads=loads,
+        )
+
+    def _allowed(self) -> np.ndarray | None:
+        if not self.config.media_tokens:
+            return None
+        allowed = np.ones(self.config.vocab_size, bool)
+        allowed[list(self.config.media_tokens)] = False
+        return allowed
+
+    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
+        """fp32 logits; media placeholders get the lowest finite value."""
+        return cross_entropy.logits(hidden, self.head[...], allowed=self._allowed())
+
+    def token_losses(self, hidden: Float[Array, "b s d"], targets: Int[Array, "b s"]) -> Float[Array, "b s"]:
+        """Cross-entropy of each position, nats, fp32."""
+        return cross_entropy.cross_entropy(hidden, self.head[...], targets, allowed=self._allowed(), chunk=self.config.loss_chunk)
+
+
+def update_router_biases(params: dict, loads: dict, *, speed: float) -> dict:
+    """Moves every selection bias towards balance after a step; returns new parameters, the rest unchanged."""
+
+    def moved(block: dict, load: Array) -> dict:
+        new = router.update_bias(block["moe"]["router"]["bias"], load, speed=speed)
+        return {**block, "moe": {**block["moe"], "router": {**block["moe"]["router"], "bias": new}}}
+
+    layers = dict(params["stack"])
+    for run, places in loads["stack"].items():
+        layers[run] = {**layers[run], **{place: moved(layers[run][place], load) for place, load in places.items()}}
+    new = {**params, "stack": layers}
+    if "mtp" in loads:
+        new["mtp"] = {**params["mtp"], "block": moved(params["mtp"]["block"], loads["mtp"])}
+    return new
+
+
+def fill_hash_tables(params: dict, *, declarations: dict, counts: np.ndarray, seed: int) -> dict:
+    """Gives every hash-routed layer a table balanced by token frequencies; returns new parameters, the rest unchanged.
+
+    Args:
+        counts: occurrences of each token id in the training data, ``[vocab]``.
+    """
+
+    def fill(path: tuple, declaration: param.Declaration, x: jax.Array) -> jax.Array:
+        if "hash_table" not in declaration.tags:
+            return x
+        layers, _, top_k = declaration.shape
+        name = param.path_name(path)
+        experts = _experts_of(declarations, name)
+        tables = [router.balanced_table(counts, experts=experts, top_k=top_k, seed=param.fold(seed, f"{name}/{i}")) for i in range(layers)]
+        return jax.device_put(np.stack(tables), x.sharding)
+
+    return jax.tree_util.tree_map_with_path(fill, declarations, params, is_leaf=param.is_declaration)
+
+
+def _experts_of(declarations: dict, table: str) -> int:
+    return param.flatten(declarations)[table.removesuffix("table") + "bias"].shape[-1]

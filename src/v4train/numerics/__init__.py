@@ -1,0 +1,1 @@
+"""Which number format each role of an array has."""

@@ -1,0 +1,121 @@
+"""The recipe: the components' configs side by side, and the checks that need more than one of them.
+
+A recipe is loaded, checked and counted without starting a device: this file imports only `config.py` files, and those import no jax.
+"""
+
+from collections.abc import Callable, Sequence
+
+import pydantic
+
+from v4train.checkpoint import config as checkpoint_config
+from v4train.config import base, load
+from v4train.data import config as data_config
+from v4train.model import config as model_config
+from v4train.numerics import config as numerics_config
+from v4train.optim import config as optim_config
+from v4train.sharding import config as sharding_config
+from v4train.train import config as train_config
+
+
+class Recipe(base.Config):
+    """Everything about a run."""
+
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = 0
+    """Of the parameters' first values."""
+    mesh: sharding_config.MeshConfig = sharding_config.MeshConfig()
+    numerics: numerics_config.NumericsConfig = numerics_config.NumericsConfig()
+    model: model_config.ModelConfig
+    data: data_config.DataConfig
+    optimizer: optim_config.OptimizerConfig
+    train: train_config.TrainConfig
+    checkpoint: checkpoint_config.CheckpointConfig = checkpoint_config.CheckpointConfig()
+
+    @property
+    def run_directory(self) -> str:
+        return self.train.run_directory.format(name=self.name)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.batch_rows * self.data.sequence_length
+
+
+def _batch_divides(r: Recipe) -> str | None:
+    parts = r.mesh.batch_shards * r.train.microbatches
+    if r.train.batch_rows % parts:
+        return (
+            f"train.batch_rows {r.train.batch_rows} must be a multiple of {parts} (mesh.replica {r.mesh.replica} x mesh.fsdp {r.mesh.fsdp} x "
+            f"mesh.expert {r.mesh.expert} x train.microbatches {r.train.microbatches}); nearest: {max(r.train.batch_rows // parts, 1) * parts}"
+        )
+    return None
+
+
+def _experts_divide(r: Recipe) -> str | None:
+    if r.model.moe.experts % r.mesh.expert:
+        return f"mesh.expert {r.mesh.expert} must divide model.moe.experts {r.model.moe.experts}"
+    return None
+
+
+def _sequence_divides(r: Recipe) -> str | None:
+    if r.data.sequence_length % r.mesh.context:
+        return f"mesh.context {r.mesh.context} must divide data.sequence_length {r.data.sequence_length}"
+    return None
+
+
+def _mesh_is_emulated_whole(r: Recipe) -> str | None:
+    if r.mesh.emulate_devices is not None and r.mesh.emulate_devices < r.mesh.devices:
+        return f"mesh.emulate_devices {r.mesh.emulate_devices} is less than the mesh's {r.mesh.devices} devices; set it to {r.mesh.devices}"
+    return None
+
+
+def _positions_suffice(r: Recipe) -> str | None:
+    if r.data.sequence_length > r.model.max_positions:
+        return f"data.sequence_length {r.data.sequence_length} exceeds model.max_positions {r.model.max_positions}"
+    return None
+
+
+def _image_stem_fits(r: Recipe) -> str | None:
+    if r.data.max_patches and r.model.image is None:
+        return f"data.max_patches is {r.data.max_patches}, but the model has no image stem; add model.image or set data.max_patches: 0"
+    if r.model.image is not None and r.model.image.patch != r.data.image_patch:
+        return f"model.image.patch {r.model.image.patch} and data.image_patch {r.data.image_patch} must be equal"
+    return None
+
+
+def _audio_stem_fits(r: Recipe) -> str | None:
+    if r.data.max_audio_frames and r.model.audio is None:
+        return f"data.max_audio_frames is {r.data.max_audio_frames}, but the model has no audio stem; add model.audio or set it to 0"
+    return None
+
+
+def _schedule_fits(r: Recipe) -> str | None:
+    try:
+        r.optimizer.schedule.check(r.train.steps)
+    except ValueError as e:
+        return f"optimizer.{e} (train.steps)"
+    return None
+
+
+CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
+    _batch_divides,
+    _experts_divide,
+    _sequence_divides,
+    _mesh_is_emulated_whole,
+    _positions_suffice,
+    _image_stem_fits,
+    _audio_stem_fits,
+    _schedule_fits,
+)
+
+
+def resolve(path: str, *, overrides: Sequence[str] = ()) -> load.Loaded[Recipe]:
+    """Loads a recipe file and checks it as a whole.
+
+    Raises:
+        ValueError: every problem found, each with its place, value and remedy.
+    """
+    loaded = load.load(path, cls=Recipe, overrides=overrides)
+    problems = [message for check in CHECKS if (message := check(loaded.config))]
+    if problems:
+        raise ValueError(f"{path}: {len(problems)} setting(s) do not fit together:\n" + "\n".join(f"  - {p}" for p in problems))
+    return loaded

@@ -1,0 +1,1 @@
+"""The device mesh, and the rules that split logical axes over it."""

@@ -1,0 +1,1 @@
+"""The trainer: state, loss, step, loop, and the wiring of all components."""

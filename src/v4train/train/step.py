@@ -1,0 +1,131 @@
+"""One training step: pure, and all changes of state on this page."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from v4train.core import tree
+from v4train.data import batch as batch_lib
+from v4train.model import stack, transformer
+from v4train.numerics import config as numerics_config
+from v4train.numerics import policy
+from v4train.optim import clip
+from v4train.sharding import constrain
+from v4train.train import loss as loss_lib
+from v4train.train import state as state_lib
+
+
+class Report(NamedTuple):
+    """What a step tells. Losses are means over the batch's targets or tokens, nats."""
+
+    loss: Float[Array, ""]  # what was differentiated
+    text: Float[Array, "sources"]  # next-token cross-entropy by data source
+    text_weight: Float[Array, "sources"]  # targets by data source
+    mtp: Float[Array, ""]
+    balance: Float[Array, ""]  # mean over layers; 1 is balanced
+    indexer: Float[Array, ""]
+    grad_norm: Float[Array, ""]  # before clipping
+    finite: Bool[Array, ""]  # False: the step changed nothing but the data position
+    tokens: Float[Array, ""]  # without padding
+    load: Float[Array, "l m e"]  # tokens per layer, modality and expert; the MTP block last
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """``step(state, batch) -> (state, report)``; jit it with the state donated.
+
+    Attributes:
+        model: abstract.
+        declarations: of all its parameters.
+        optimizer: of the trained ones.
+        numerics: formats.
+        sources: number of data sources.
+        microbatches: parts of the batch.
+        clip_norm: largest gradient norm, or None.
+    """
+
+    model: transformer.Transformer
+    declarations: dict
+    optimizer: optax.GradientTransformation
+    numerics: numerics_config.NumericsConfig
+    sources: int
+    microbatches: int
+    clip_norm: float | None
+
+    def __call__(self, state: state_lib.State, batch: batch_lib.Batch) -> tuple[state_lib.State, Report]:
+        counts = loss_lib.count(batch)
+        loss, sums, grads = self._gradients(state, batch, counts)
+        grads, norm = clip.clip_by_global_norm(grads, self.clip_norm)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        buffers = state.buffers
+        if not loss_lib.warming_up(self.model.config):
+            buffers = transformer.update_router_biases(buffers, sums.loads, speed=self.model.config.moe.bias_speed)
+        moved = (params, buffers, optimizer)
+        kept = (state.params, state.buffers, state.optimizer)
+        params, buffers, optimizer = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
+        new = state_lib.State(state.step + 1, params, buffers, optimizer, state.skipped + (1 - finite.astype(jnp.int32)))
+        return new, _report(loss, sums, counts, norm=norm, finite=finite)
+
+    def _gradients(self, state: state_lib.State, batch: batch_lib.Batch, counts: loss_lib.Counts) -> tuple[Array, loss_lib.Terms, dict]:
+        """Loss, sums and gradients over all microbatches."""
+
+        def loss(params: dict, part: batch_lib.Batch) -> tuple[Array, loss_lib.Terms]:
+            whole = tree.merge(params, state.buffers)
+            whole = policy.cast_for_compute(whole, declarations=self.declarations, config=self.numerics)
+            sums = loss_lib.terms(self.model, whole, part, sources=self.sources)
+            return loss_lib.total(sums, counts, config=self.model.config), sums
+
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        if self.microbatches == 1:
+            (value, sums), grads = gradient(state.params, batch)
+            return value, sums, grads
+
+        def add(total: tuple, part: batch_lib.Batch) -> tuple[tuple, None]:
+            part = jax.tree.map(lambda x: constrain.constrain(x, " ".join(["B", *"_" * (x.ndim - 1)])), part)
+            return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
+
+        parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // self.microbatches, self.microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        ((value, sums), grads), _ = jax.lax.scan(add, zeros, parts)
+        return value, sums, grads
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """``evaluate(params and buffers, batch) -> (nats, targets)`` per data source, summed; changes nothing."""
+
+    model: transformer.Transformer
+    declarations: dict
+    numerics: numerics_config.NumericsConfig
+    sources: int
+
+    def __call__(self, state: state_lib.State, batch: batch_lib.Batch) -> tuple[Array, Array]:
+        whole = tree.merge(state.params, state.buffers)
+        whole = policy.cast_for_compute(whole, declarations=self.declarations, config=self.numerics)
+        sums = loss_lib.terms(self.model, whole, batch, sources=self.sources)
+        return sums.text, sums.text_weight
+
+
+def _report(loss: Array, sums: loss_lib.Terms, counts: loss_lib.Counts, *, norm: Array, finite: Array) -> Report:
+    load = stack.in_layer_order(sums.loads["stack"])
+    if "mtp" in sums.loads:
+        load = jnp.concatenate([load, sums.loads["mtp"][None]])
+    return Report(
+        loss=loss,
+        text=sums.text / jnp.maximum(sums.text_weight, 1.0),
+        text_weight=sums.text_weight,
+        mtp=sums.mtp / counts.mtp,
+        balance=sums.balance / counts.tokens,
+        indexer=sums.indexer / counts.tokens,
+        grad_norm=norm,
+        finite=finite,
+        tokens=counts.tokens,
+        load=load,
+    )
