@@ -254,14 +254,18 @@ def test_thinning_keeps_every_spike_in_order():
     values[3000], values[7001] = 99.0, -99.0
     values[5000:5100] = np.nan
     thinned, kept = curves.thin(values), curves.kept(len(values))
-    assert len(thinned) == len(kept) == 2 * curves.BUCKETS
+    assert 0.8 * curves.BUCKETS < len(thinned) / 2 == len(kept) / 2 <= curves.BUCKETS
     assert kept[0] == 0
     assert kept[-1] == len(values) - 1
     assert np.nanmax(thinned) == 99.0
     assert np.nanmin(thinned) == -99.0
-    assert abs(kept[np.nanargmax(thinned)] - 3000) <= len(values) / curves.BUCKETS
-    bucket = values[kept[0] : kept[1] + 1]
-    assert thinned[:2].tolist() == [bucket[i] for i in sorted((bucket.argmin(), bucket.argmax()))]
+    assert abs(kept[np.nanargmax(thinned)] - 3000) <= 1.5 * len(values) / curves.BUCKETS
+    assert {0, 1, 2, 3} <= set(kept)
+    for pair in range(len(kept) // 2):
+        bucket = values[kept[2 * pair] : kept[2 * pair + 1] + 1]
+        if np.isnan(bucket).any():
+            continue
+        assert thinned[2 * pair : 2 * pair + 2].tolist() == [bucket[i] for i in sorted((bucket.argmin(), bucket.argmax()))]
     assert np.array_equal(curves.thin(values[:100]), values[:100])
 
 
@@ -428,7 +432,7 @@ def test_hostile_names_stay_text(write):
     evil = "</script><script>alert(1)</script>"
     lines = [_train(1, **{f"loss/{evil}": 1.0}), _train(2, **{f"loss/{evil}": 2.0}), _experts(1, {evil: [[1.0]]})]
     lines.append({"kind": "experts", "step": 2, "load": {evil: [[1.0]], "all": [[2.0]]}, "layers": [evil]})
-    paths = [write(lines, name="a", text=evil, recipe={evil: evil}), write(lines, name="b", recipe={"x": 1})]
+    paths = [write(lines, name="a<script>alert", text=evil, recipe={evil: evil}), write(lines, name="b", recipe={"x": 1})]
     for chosen in (paths[:1], paths):
         text = page.write(runs.read_runs(chosen))
         _Page(text)

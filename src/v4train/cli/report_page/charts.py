@@ -61,14 +61,15 @@ def _present(charts: list[curves.Chart | None]) -> list[curves.Chart]:
 def _loss(runs: list[runs_lib.Run]) -> list[curves.Chart | None]:
     sources = runs_lib.sources(runs)
     smoothed = any(curves.half_window(len(run.train.steps)) for run in runs)
-    remark = f"Lines: training{' (faint as logged, solid smoothed)' if smoothed else ''}. Markers: held-out."
+    markers = "Markers: held-out." if any(len(run.evaluation.steps) for run in runs) else ""
+    remark = f"Lines: training{' (faint as logged, solid smoothed)' if smoothed else ''}. {markers}".rstrip()
     trained = {name for run in runs for name in run.train.columns}
     if len(runs) > 1:
         return [
             curves.chart(
                 f"Loss: {source}",
                 unit=NATS,
-                remark=remark if f"loss/{source}" in trained else "Markers: held-out.",
+                remark=remark if f"loss/{source}" in trained else markers,
                 curves=[curve for i, run in enumerate(runs) for curve in _source(run, source, number=i, key=run.name, style=i)],
             )
             for source in sources

@@ -1,9 +1,10 @@
 """Curves: what a line chart is made of, before it is drawn.
 
 A run may have a million log lines, a chart has about a thousand pixels, and the page carries its data with it. Train curves are
-therefore *thinned*: the lines are cut into buckets of equal count, and a bucket keeps its smallest and its largest value, in the
-order in which they occurred, at its first and its last line. So no spike is lost (taking every n-th line would lose most of them),
-and all curves of a run share one list of abscissas.
+therefore *thinned*: the lines are cut into buckets, and a bucket keeps its smallest and its largest value, in the order in which
+they occurred, at its first and its last line. So no spike is lost (taking every n-th line would lose most of them), and all curves
+of a run share one list of abscissas. Two thirds of the cuts are evenly spaced and one third geometrically, so that the first steps
+are still there on a logarithmic axis.
 
 Smoothing is a centred moving average, applied three times (nearly a Gaussian), with gaps left out of numerator and denominator. The
 usual exponential average was rejected: it lags behind the curve, so a smoothed loss would lie above the held-out points while the
@@ -20,7 +21,7 @@ import numpy as np
 from v4train.cli.report_page import runs as runs_lib
 from v4train.cli.report_page import scale
 
-BUCKETS = 240  # of a thinned curve: two points each, about one a pixel in a chart of half the page's width
+BUCKETS = 270  # of a thinned curve, at most: two points each, about one a pixel in a chart of half the page's width
 CLOCKS = ("step", "tokens", "seconds")  # what the abscissa may count
 
 
@@ -82,7 +83,7 @@ def kept(count: int) -> np.ndarray:
     """Indices of the lines whose abscissa a thinned curve keeps: i64[at most 2 BUCKETS]."""
     if count <= 2 * BUCKETS:
         return np.arange(count)
-    edges = np.linspace(0, count, BUCKETS + 1).astype(int)
+    edges = _edges(count)
     return np.stack([edges[:-1], edges[1:] - 1], axis=1).reshape(-1)
 
 
@@ -90,9 +91,8 @@ def thin(values: np.ndarray) -> np.ndarray:
     """f64[n] -> f64[len(kept(n))]: smallest and largest value of each bucket, in order of occurrence."""
     if len(values) <= 2 * BUCKETS:
         return values
-    edges = np.linspace(0, len(values), BUCKETS + 1).astype(int)
     pairs = []
-    for start, end in itertools.pairwise(edges):
+    for start, end in itertools.pairwise(_edges(len(values))):
         bucket = values[start:end][np.isfinite(values[start:end])]
         pair = (bucket.min(), bucket.max()) if bucket.size else (np.nan, np.nan)
         pairs.extend(pair if not bucket.size or bucket.argmin() <= bucket.argmax() else pair[::-1])
@@ -140,6 +140,12 @@ def chart(title: str, *, unit: str, curves: list[Curve], from_zero: bool = False
     if cut:
         remark = f"{remark} {cut} extreme value{'s lie' if cut > 1 else ' lies'} outside the range shown.".strip()
     return Chart(title, unit, tuple(curves), low, high, False, remark)
+
+
+def _edges(count: int) -> np.ndarray:
+    """Where the buckets of so many lines begin, and the end: ascending, i64[at most BUCKETS + 1]."""
+    even, geometric = np.linspace(0, count, BUCKETS * 2 // 3 + 1), np.geomspace(1, count, BUCKETS // 3)
+    return np.unique(np.round(np.concatenate([even, geometric])).astype(int))
 
 
 def _moving_sum(values: np.ndarray, *, half: int) -> np.ndarray:
