@@ -20,7 +20,7 @@ from v4train.data import tokenizer as tokenizer_lib
 
 log = logging.getLogger(__name__)
 
-_CACHED_DOCUMENTS = 8  # a long document is cut into consecutive rows; decode it once
+_CACHED_DOCUMENTS = 8  # at least: a long document is cut into consecutive rows; decode it once
 
 
 class BadRecord(NamedTuple):
@@ -59,10 +59,12 @@ class Quarantine:
 class Reader:
     """Documents of one source; a damaged one is None and is put into quarantine."""
 
-    def __init__(self, store: store_lib.TokenStore, *, name: str, quarantine: Quarantine):
+    def __init__(self, store: store_lib.TokenStore, *, name: str, quarantine: Quarantine, cache_bytes: int):
+        """Keeps about ``cache_bytes`` of decoded documents: a small store is then decoded once, not once an epoch."""
         self.store, self.name = store, name
         self._quarantine = quarantine
-        self._read = functools.lru_cache(maxsize=_CACHED_DOCUMENTS)(store.read)
+        fits = int(cache_bytes // (1000 + store.mean_document_bytes))
+        self._read = functools.lru_cache(maxsize=max(_CACHED_DOCUMENTS, fits))(store.read)
 
     def read(self, i: int) -> document_lib.Document | None:
         try:

@@ -33,6 +33,7 @@ from v4train.data import store as store_lib
 from v4train.data import tokenizer as tokenizer_lib
 
 Split = Literal["train", "holdout"]
+_CACHE_BYTES = 2**26  # of decoded documents, all sources together
 
 
 class Pipeline:
@@ -81,8 +82,10 @@ class Pipeline:
         self.tokens_per_step = batch_rows * config.sequence_length
         self.quarantine = collate.Quarantine(on_bad_record)
         stores = [_open(source, config=config, tokenizer=self.tokenizer) for source in config.sources]
+        share = _CACHE_BYTES // len(stores)
         self._readers = [
-            collate.Reader(store, name=name, quarantine=self.quarantine) for store, name in zip(stores, self.sources, strict=True)
+            collate.Reader(store, name=name, quarantine=self.quarantine, cache_bytes=share)
+            for store, name in zip(stores, self.sources, strict=True)
         ]
         self._plan = functools.cache(self._make_plan)
         for i in range(len(stores)):

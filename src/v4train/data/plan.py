@@ -13,7 +13,7 @@ permutation, so that the padding at its end is negligible; one epoch follows ano
 Everything is a function of (index, S, P, A, seed, packing), never of what was read before: ``row(i)`` is two binary searches. A
 block's cuts are an ``i64`` array (text: ``arange``; with media a few microseconds a row, once), and only the latest blocks are kept.
 With media, the number of rows of a block is known only when it is planned: to find row i, all blocks before it are planned once
-(about 10 us a row, so a resume a million rows in costs ten seconds); text is closed form. A continued document keeps its true
+(a few microseconds a row, so a resume a million rows in costs seconds); text is closed form. A continued document keeps its true
 positions. Memory is about 40 bytes a document; a store of more than some 10^8 documents should be split into several.
 
 Rejected: iterator packers (concat-then-split, first-fit), whose state must be saved, depends on the number of workers, and in grain
@@ -25,6 +25,7 @@ import dataclasses
 import functools
 import math
 import threading
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -196,29 +197,34 @@ def _stream_spans(store: store_lib.TokenStore, *, documents: np.ndarray, starts:
 def _cut(starts: np.ndarray, *, spans: np.ndarray, packing: Packing) -> np.ndarray:
     """``i64[rows + 1]``: the cuts of a stream that has media or whole documents."""
     kind, at, n = spans.T
-    span_end = at + n
     budgets = []
     for which, budget in ((document_lib.IMAGE, packing.max_patches), (document_lib.AUDIO, packing.max_audio_frames)):
         mine = kind == which
         if mine.any():
-            budgets.append((at[mine], np.concatenate([[0], np.cumsum(n[mine])]), budget))
+            budgets.append((_view(at[mine]), _view(np.concatenate([[0], np.cumsum(n[mine])])), budget))
+    span_at, span_end, document_at = _view(at), _view(at + n), _view(starts)
     whole = packing.policy == "whole_documents"
     begin, total, cuts = 0, int(starts[-1]), [0]
     while begin < total:
         end = min(begin + packing.sequence_length, total)
-        for span_start, used, budget in budgets:
-            first = int(np.searchsorted(span_start, begin))
-            last = int(np.searchsorted(used, used[first] + budget, side="right")) - 1  # spans before `last` fit
-            if last < len(span_start):
-                end = min(end, int(span_start[last]))
-        span = int(np.searchsorted(at, end)) - 1
+        for start, used, budget in budgets:
+            first = bisect.bisect_left(start, begin)
+            last = bisect.bisect_right(used, used[first] + budget) - 1  # spans before `last` fit
+            if last < len(start):
+                end = min(end, start[last])
+        span = bisect.bisect_left(span_at, end) - 1
         if span >= 0 and end < span_end[span]:
-            end = int(at[span])
+            end = span_at[span]
         if whole:
-            document = int(starts[np.searchsorted(starts, end, side="right") - 1])
+            document = document_at[bisect.bisect_right(document_at, end) - 1]
             if document > begin:
                 end = document
         assert end > begin, "a span that no row can hold passed the check"
         cuts.append(end)
         begin = end
     return np.array(cuts, np.int64)
+
+
+def _view(array: np.ndarray) -> Sequence[int]:
+    """For `bisect`: five times faster than `searchsorted` for one number, and no copy as a list would be."""
+    return np.ascontiguousarray(array).data

@@ -41,6 +41,7 @@ def key_hash(key: str) -> int:
 
 
 def file_sha256(path: pathlib.Path) -> str:
+    """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -221,6 +222,12 @@ class TokenStore:
 
     def __len__(self) -> int:
         return len(self.documents)
+
+    @property
+    def mean_document_bytes(self) -> float:
+        """Of a decoded document."""
+        sizes = {"tokens": 4, "spans": document_lib.SPAN.itemsize, "patches": 3 * self.image_patch**2 + 4, "frames": 80}
+        return float(sum(size * self.documents[field].mean() for field, size in sizes.items()))
 
     def spans_of(self, i: int) -> np.ndarray:
         """``(kind, at, n)`` of document ``i``'s media, from the index."""
