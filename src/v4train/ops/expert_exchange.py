@@ -10,8 +10,8 @@ Each device holds T tokens and a contiguous share of the experts: with E experts
    (large) buffer, and the experts' rows are grouped when they arrive;
 4. run the experts; send the rows back by the same table read from the other side; add up each token's k results with its weights.
 
-The buffer of step 3 holds the worst case, ``ep T k`` rows: every slot of every device may choose the same expert. Its unused rows are
-zero, and `grouped_matmul` does no work for them, but they take memory; a caller for whom that is too much scans over chunks of tokens.
+The buffer of step 3 holds the worst case, ``ep T k`` rows: every slot of every device may choose the same expert. `grouped_matmul` does no
+work for its unused rows, but they take memory; a caller for whom that is too much scans over chunks of tokens.
 (The rejected alternative, a smaller buffer, drops tokens when the routing is skewed, and makes the result depend on the mesh.)
 
 Every movement of rows is a gather or an exchange in both directions: a permutation is differentiated as the gather by its inverse, an
@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, Int
 Transport = Literal["ragged", "emulated"]
 
 ExpertFn = Callable[[Array, Array], Array]
-"""``(rows [R, d], group_sizes i32[E_local]) -> [R, d]``: the local experts on rows sorted by expert; rows past the sum are zero."""
+"""``(rows [R, d], group_sizes i32[E_local]) -> [R, d]``: the local experts on rows sorted by expert; rows past the sum hold anything."""
 
 
 def route_through_experts(
@@ -56,7 +56,7 @@ def route_through_experts(
         x: this device's tokens.
         expert_ids: global expert numbers; ``num_experts`` means *nowhere*: the slot is not sent and adds nothing (padding).
         weights: factor of each slot, fp32.
-        expert_fn: applies this device's experts. What it returns past the last used row must be finite, and is not used.
+        expert_fn: applies this device's experts. What it returns past the last used row is not used.
         num_experts: E, over all devices; a multiple of the axis size.
         axis_name: mesh axis that the experts are split over; None (or an axis of size 1) exchanges nothing.
         transport: how rows travel; `ops.select` knows which one suits a platform.
@@ -94,7 +94,7 @@ def route_through_experts(
         rows = _exchange(rows, back, there, link.reversed())
     rows = _gather(rows, place.reshape(-1), order[:, None]).reshape(*expert_ids.shape, -1)
 
-    weights = jnp.where(expert_ids < num_experts, weights, 0)
+    rows = jnp.where(expert_ids[:, :, None] < num_experts, rows, 0)
     return jnp.sum(weights[:, :, None] * rows.astype(jnp.float32), axis=1).astype(x.dtype)
 
 

@@ -1,0 +1,39 @@
+"""The table names only implementations that exist, and says what there is when asked for something else."""
+
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from v4train.ops import expert_exchange, grouped_matmul, select
+
+IMPLEMENTATIONS = {
+    "grouped_matmul": get_args(grouped_matmul.Implementation),
+    "expert_exchange": get_args(expert_exchange.Transport),
+}
+
+
+@pytest.mark.parametrize(("op", "platform"), [(op, platform) for op, row in select.TABLE.items() for platform in row])
+def test_every_entry_exists(op, platform):
+    assert select.implementation(op, platform=platform) in IMPLEMENTATIONS[op]
+
+
+def test_the_platform_is_the_one_jax_runs_on():
+    for op in select.TABLE:
+        assert select.implementation(op) == select.implementation(op, platform=jax.default_backend())
+
+
+def test_grouped_matmul_of_this_platform_agrees_with_the_oracle():
+    x, w, sizes = jnp.arange(24.0).reshape(8, 3), jnp.arange(24.0).reshape(2, 3, 4), jnp.array([3, 4])
+    chosen = select.implementation("grouped_matmul")
+    got, expected = (grouped_matmul.grouped_matmul(x, w, sizes, implementation=i) for i in (chosen, "dense"))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_unknown_names_are_refused_with_the_options():
+    with pytest.raises(ValueError, match=r"unknown op 'matmul'; choose one of expert_exchange, grouped_matmul"):
+        select.implementation("matmul")
+    with pytest.raises(ValueError, match=r"grouped_matmul has no implementation for platform 'abacus'; there is one for cpu, gpu, tpu"):
+        select.implementation("grouped_matmul", platform="abacus")
