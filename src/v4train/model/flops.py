@@ -1,0 +1,142 @@
+"""Model FLOPs per token: the work that the mathematics asks for, not what an implementation happens to do.
+
+It is the numerator of MFU, so it must not reward waste. Recomputation (`remat`) does not count, and attention counts *sparsely*: only
+the entries that a query attends, not the masked or unselected rest. Averaged over the positions of a row of ``S`` tokens that holds
+one document, with ``t = 1..S`` the number of tokens seen:
+
+* window: ``min(t, window)`` raw tokens,
+* entries: ``floor(t / m)`` are visible; sparse CSA attends at most ``top_k`` of them. In the phases "dense" and "warmup" it attends
+  all,
+* indexer: scores every visible entry, also while fewer than ``top_k`` are visible. Not in the phase "dense". It is O(S^2 / m), and
+  from about 64K tokens on the largest part of attention.
+
+Rows packed with several documents attend less, so for them this is an upper bound.
+
+A multiplication and an addition are two FLOPs. Counted are matrix products: two FLOPs per element of every matrix that a token goes
+through (``linear``), and per attended key and head two products of width ``head_dim`` (``q k`` and ``p v``), so ``4 heads head_dim``.
+Left out, as usual, are norms, softmax, rotations, pooling, Sinkhorn and the mixing of streams (vector work, limited by memory),
+embedding look-ups, and the stems of images and audio, which only media slots pass. The rejected alternative, ``6 N + 12 L H K S``
+with dense attention, credits V4-Flash's attention at 1M tokens with 51 times the work that it does, indexer included; it is here only
+for comparison (`dense_attention`).
+
+Training costs three forward passes: the backward pass multiplies twice for each product, once for the inputs and once for the
+weights. In the warm-up of the indexer nothing else is differentiated and no logits are needed, so its credit is smaller (`training`).
+"""
+
+import dataclasses
+
+from v4train.model import config as config_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOPs per token, averaged over a row, by part. `total` is their sum."""
+
+    linear: float
+    """Weight matrices of the layers: attention projections, compressors, the indexer's projections, router, experts, hyper-connections."""
+    window: float
+    """Attention to raw tokens."""
+    entries: float
+    """Attention to compressed entries."""
+    indexer: float
+    """Index scores (the indexer's projections are in ``linear``)."""
+    head: float
+    """Logits of the next token."""
+    mtp: float
+    """The multi-token prediction block with its attention and its own pass through the head."""
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    @property
+    def attention(self) -> float:
+        """Window and entries, without the indexer."""
+        return self.window + self.entries
+
+
+def forward(config: config_lib.ModelConfig, *, length: int) -> Flops:
+    """Of the forward pass, per token of a row of ``length`` tokens."""
+    per_key = 4 * config.attention.heads * config.attention.head_dim
+    window = per_key * _window_keys(config.attention.window, length=length) / length
+    entries, scores = 0.0, 0.0
+    for kind in map(config.kind, config.layer_kinds):
+        if kind.ratio:
+            limit = kind.top_k if isinstance(kind, config_lib.CompressedSparseConfig) and kind.phase == "sparse" else None
+            entries += per_key * _attended_entries(kind.ratio, top_k=limit, length=length) / length
+            scores += _scoring(kind) * _attended_entries(kind.ratio, top_k=None, length=length) / length
+    head = 2.0 * config.hidden * config.vocab_size
+    return Flops(
+        linear=2.0 * sum(_layer_matrices(config, config.kind(name)) for name in config.layer_kinds) + 2.0 * _collapse(config),
+        window=window * config.depth,
+        entries=entries,
+        indexer=scores,
+        head=head,
+        mtp=0.0 if config.mtp is None else 2.0 * _mtp_matrices(config) + window + head,
+    )
+
+
+def training(config: config_lib.ModelConfig, *, length: int) -> Flops:
+    """Of forward and backward pass, per token: three times the forward pass; in the warm-up of the indexer less."""
+    once = forward(config, length=length)
+    if not any(isinstance(kind, config_lib.CompressedSparseConfig) and kind.phase == "warmup" for kind in config.kinds):
+        return Flops(**{field.name: 3 * getattr(once, field.name) for field in dataclasses.fields(once)})
+    learning = 2.0 * sum(_indexer_matrices(config, config.kind(name)) for name in config.layer_kinds)
+    return dataclasses.replace(once, linear=once.linear + 2 * learning, indexer=3 * once.indexer, head=0.0, mtp=0.0)
+
+
+def dense_attention(config: config_lib.ModelConfig, *, length: int) -> float:
+    """FLOPs per token of a forward pass that attention *would* cost if every layer attended to all earlier tokens: for comparison only."""
+    return 4 * config.attention.heads * config.attention.head_dim * (length + 1) / 2 * config.depth
+
+
+def _window_keys(window: int, *, length: int) -> int:
+    """Sum over t = 1..length of min(t, window)."""
+    rising = min(window, length)
+    return rising * (rising + 1) // 2 + (length - rising) * window
+
+
+def _attended_entries(ratio: int, *, top_k: int | None, length: int) -> int:
+    """Sum over t = 1..length of min(floor(t / ratio), top_k)."""
+    rising = length if top_k is None else min(length, ratio * top_k - 1)
+    blocks, rest = divmod(rising, ratio)
+    visible = ratio * blocks * (blocks - 1) // 2 + blocks * (rest + 1)
+    return visible + (length - rising) * (top_k or 0)
+
+
+def _scoring(kind: config_lib.AttentionKind) -> int:
+    """FLOPs of one index score; 0 where no indexer runs (a dense CSA layer declares one but leaves it idle)."""
+    if not isinstance(kind, config_lib.CompressedSparseConfig) or kind.phase == "dense":
+        return 0
+    return 2 * kind.index_heads * kind.index_head_dim
+
+
+def _layer_matrices(config: config_lib.ModelConfig, kind: config_lib.AttentionKind) -> int:
+    """Elements of the matrices that one token passes in a layer."""
+    a, d, moe, n = config.attention, config.hidden, config.moe, config.hyper.streams
+    queries = d * a.query_rank + a.query_rank * a.heads * a.head_dim
+    output = a.heads * a.head_dim * a.output_rank + a.output_groups * a.output_rank * d
+    overlap = 2 if isinstance(kind, config_lib.CompressedSparseConfig) else 1
+    compressor = 2 * d * a.head_dim * overlap if kind.ratio else 0
+    experts = d * moe.experts + 3 * d * moe.ffn * (moe.top_k + moe.shared)
+    mixing = 2 * n * d * (2 + n) * n
+    return queries + d * a.head_dim + output + compressor + _indexer_matrices(config, kind) + experts + mixing
+
+
+def _indexer_matrices(config: config_lib.ModelConfig, kind: config_lib.AttentionKind) -> int:
+    """Elements of the indexer's matrices: queries, head weights, and its compressor with overlap."""
+    if not isinstance(kind, config_lib.CompressedSparseConfig) or not _scoring(kind):
+        return 0
+    queries = config.attention.query_rank * kind.index_heads * kind.index_head_dim
+    return queries + config.hidden * kind.index_heads + 4 * config.hidden * kind.index_head_dim
+
+
+def _collapse(config: config_lib.ModelConfig) -> int:
+    """Elements of the map that gates the streams before the head."""
+    return config.hyper.streams**2 * config.hidden
+
+
+def _mtp_matrices(config: config_lib.ModelConfig) -> int:
+    """Elements that one token passes in the MTP block: one map of the embedding, one map of each stream, a window layer, a collapse."""
+    maps = (1 + config.hyper.streams) * config.hidden**2
+    return maps + _layer_matrices(config, config_lib.WindowConfig()) + _collapse(config)
