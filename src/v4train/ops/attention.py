@@ -36,7 +36,7 @@ def dense_attention(
     entries: sparse_attention.Entries | None = None,
     attended: Bool[Array, "b s n"] | None = None,
 ) -> tuple[Float[Array, "b s h k"], Float[Array, "b h s n"] | None]:
-    """Attention output, and the probability of each entry (None without entries). ``attended`` masks entries; None takes all visible ones."""
+    """Attention output, and each entry's probability (None without entries). ``attended`` masks entries; None takes all visible ones."""
     length = query.shape[1]
     age = jnp.arange(length)[:, None] - jnp.arange(length)[None]
     near = ((age >= 0) & (age < window))[None] & (segment_ids[:, :, None] == segment_ids[:, None]) & (segment_ids > 0)[:, :, None]

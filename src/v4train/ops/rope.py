@@ -4,8 +4,8 @@ Only the trailing ``2 * len(frequencies)`` channels of a head turn, in pairs ``(
 17% at long positions. Because V4's one key/value head is key *and* value, values carry the rotation of their position; the attention
 output is turned back by the query's position (``inverse=True``), so what a head reads depends on relative positions only.
 
-YaRN (Peng et al. 2023, section 3.2) divides the slow frequencies by `factor`, leaves the fast ones, and ramps in between. V4 uses it without
-the attention temperature, on every layer with compressed entries. It acts at all positions, not only beyond the original length.
+YaRN (Peng et al. 2023, section 3.2) divides the slow frequencies by `factor`, leaves the fast ones, and ramps in between. V4 uses it
+without the attention temperature, on every layer with compressed entries. It acts at all positions, not only beyond the original length.
 """
 
 import math

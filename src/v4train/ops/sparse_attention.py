@@ -8,13 +8,17 @@ One function serves the three layer kinds and the three phases:
 | warm-up CSA    | yes     | yes   | every visible entry; the indexer is taught on all of them                 |
 | sparse CSA     | yes     | yes   | the `top_k` visible entries with the highest index scores, and only those |
 
-Layout: queries are taken in chunks of `chunk` tokens (a `lax.scan` whose body is recomputed in the backward pass), each with its own slice
-of window keys, so memory grows linearly with S and no S x S array exists. In the sparse case the selected entries are gathered, ``[B, C, k, K]`` for
-a chunk; nothing else of the compressed cache is touched. The rejected alternative, dense attention under a top-k mask, costs S^2 / m.
+Layout: queries are taken in chunks of `chunk` tokens (a `lax.scan` whose body is recomputed in the backward pass), each with its own
+slice of window keys, so memory grows linearly with S and no S x S array exists. In the sparse case the selected entries are gathered,
+``[B, C, k, K]`` for a chunk; nothing else of the compressed cache is touched. The rejected alternative, dense attention under a top-k
+mask, costs S^2 / m.
 
-The indexer learns from a KL divergence alone (`Indexed.teach`): teacher is the attention itself, per head ``exp(logit) / (all mass incl. window
-and sink)``, summed over heads, then normalised over the entries in question; student is the softmax of the index scores over the same entries. No
-gradient flows through the teacher or through the selection.
+Inside a chunk logits are ``[B, C, H, keys]``: no product has to transpose, which makes programs smaller, and XLA's CPU backend cannot run
+bf16 products whose fp32 result is transposed.
+
+The indexer learns from a KL divergence alone (`Indexed.teach`): teacher is the attention itself, per head ``exp(logit) / (all mass incl.
+window and sink)``, summed over heads, then normalised over the entries in question; student is the softmax of the index scores over the
+same entries. No gradient flows through the teacher or through the selection.
 
 The key is also the value, shared by all heads. The sink is a learned logit per head that takes mass and gives nothing.
 """
@@ -148,15 +152,15 @@ def _attend_chunk(
     ages = (jnp.arange(size)[:, None] + covered - size) - jnp.arange(covered)[None]  # query index minus key index
     near = (ages >= 0) & (ages < window)
     own = (chunk.segment[:, :, None] == chunk.key_segment[:, None]) & (chunk.segment > 0)[:, :, None] & near[None]
-    raw = jnp.einsum("bchk,bwk->bhcw", query, chunk.keys, preferred_element_type=jnp.float32)
-    raw = jnp.where(own[:, None], raw, -jnp.inf)
-    top = jnp.maximum(raw.max(axis=-1), sink[None, :, None])
+    raw = jnp.einsum("bchk,bwk->bchw", query, chunk.keys, preferred_element_type=jnp.float32)
+    raw = jnp.where(own[:, :, None], raw, -jnp.inf)
+    top = jnp.maximum(raw.max(axis=-1), sink[None, None])
     none = jnp.zeros(chunk.segment.shape[:1], jnp.float32)
     if entries is None:
         top = jax.lax.stop_gradient(top)
         mass = jnp.exp(raw - top[..., None])
-        total = mass.sum(axis=-1) + jnp.exp(sink[None, :, None] - top)
-        return Attended(_mix(mass / total[..., None], chunk.keys, query.dtype, "bhcw,bwk->bchk"), none)
+        total = mass.sum(axis=-1) + jnp.exp(sink[None, None] - top)
+        return Attended(_mix(mass / total[..., None], chunk.keys, query.dtype, "bchw,bwk->bchk"), none)
 
     seen = _visible(chunk, entries)
     scores, picked = None, None
@@ -166,18 +170,18 @@ def _attend_chunk(
             scores, picked = _select(scores, seen, selection.top_k)
             seen = jnp.take_along_axis(seen, picked, axis=-1)
     if picked is None:
-        values, equation = entries.values, "bchk,bnk->bhcn"
+        values, each = entries.values, "bnk"
     else:
         values = jax.vmap(lambda rows, at: rows.at[at].get(mode="promise_in_bounds"))(entries.values, picked)
-        equation = "bchk,bcnk->bhcn"
-    far = jnp.einsum(equation, query, values, preferred_element_type=jnp.float32)
-    far = jnp.where(seen[:, None], far, -jnp.inf)
+        each = "bcnk"
+    far = jnp.einsum(f"bchk,{each}->bchn", query, values, preferred_element_type=jnp.float32)
+    far = jnp.where(seen[:, :, None], far, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.maximum(top, far.max(axis=-1)))
     near_mass, far_mass = jnp.exp(raw - top[..., None]), jnp.exp(far - top[..., None])
-    total = near_mass.sum(axis=-1) + far_mass.sum(axis=-1) + jnp.exp(sink[None, :, None] - top)
+    total = near_mass.sum(axis=-1) + far_mass.sum(axis=-1) + jnp.exp(sink[None, None] - top)
     share = far_mass / total[..., None]
-    out = _mix(near_mass / total[..., None], chunk.keys, jnp.float32, "bhcw,bwk->bchk")
-    out = out + _mix(share, values, jnp.float32, "bhcn,bnk->bchk" if picked is None else "bhcn,bcnk->bchk")
+    out = _mix(near_mass / total[..., None], chunk.keys, jnp.float32, "bchw,bwk->bchk")
+    out = out + _mix(share, values, jnp.float32, f"bchn,{each}->bchk")
     loss = none if selection is None or not selection.teach else _indexer_loss(share, scores, seen)
     return Attended(out.astype(query.dtype), loss)
 
@@ -210,7 +214,7 @@ def _select(scores: Array, seen: Array, top_k: int) -> tuple[Array, Array]:
 
 def _indexer_loss(share: Array, scores: Array, seen: Array) -> Array:
     """KL(teacher || student) summed over the queries of each row."""
-    teacher = jax.lax.stop_gradient(share.sum(axis=1))
+    teacher = jax.lax.stop_gradient(share.sum(axis=2))
     teacher = teacher / jnp.maximum(teacher.sum(axis=-1, keepdims=True), _TINY)
     student = jax.nn.log_softmax(jnp.where(seen, scores, _LOWEST), axis=-1)
     entry_loss = jnp.where(seen, teacher * (jnp.log(jnp.maximum(teacher, _TINY)) - student), 0.0)
