@@ -98,6 +98,7 @@ def test_a_token_22_places_back_moves_the_output(moves):
 
 
 def test_positions_of_another_document_do_not_matter(model, row):
+    """Up to rounding: the other document may make one block more or less, so that entries are summed in another order."""
     _, params, run = model
     many = small.repeat(row, LENGTH + 1)
     many.positions[1][row.segment_ids[0] == 3] += 5
@@ -105,7 +106,7 @@ def test_positions_of_another_document_do_not_matter(model, row):
     found = jax.tree.map(np.asarray, run(params, many))
     for copy, moved in ((1, 3), (2, 2)):
         for x in found.values():
-            assert not np.abs(x[copy] - x[0])[row.segment_ids[0] != moved].any()
+            assert np.abs(x[copy] - x[0])[row.segment_ids[0] != moved].max() < 1e-5
         assert np.abs(found["hidden"][copy] - found["hidden"][0]).max() > MOVED, "blocks begin at multiples of the ratio"
 
 

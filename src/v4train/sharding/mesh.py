@@ -36,8 +36,8 @@ def make(config: config_lib.MeshConfig) -> jax.sharding.Mesh:
     if config.devices > len(present):
         product = " x ".join(f"{name} {size}" for name, size in config.sizes.items() if size > 1)
         raise ValueError(
-            f"mesh: {product} needs {config.devices} devices, but {len(present)} {present[0].platform} device(s) are present; make the mesh "
-            f"smaller, or set mesh.emulate_devices: {config.devices} to emulate it on the CPU"
+            f"mesh: {product} needs {config.devices} devices, but {len(present)} {present[0].platform} device(s) are present; make the "
+            f"mesh smaller, or set mesh.emulate_devices: {config.devices} to emulate it on the CPU"
         )
     if config.devices == len(present):
         return jax.make_mesh(

@@ -1,8 +1,8 @@
 """Parallelism as a table: which mesh axes split which logical axis.
 
 A parameter and an activation may name the same logical axis ("embed"). Within one array every mesh axis is used once, by the first logical
-axis that asks for it: an activation ``batch sequence embed`` spends `fsdp` on the batch and leaves "embed" whole, a parameter ``embed ffn`` splits
-"embed" over `fsdp`. A dimension that its mesh axes do not divide stays whole: tables of 4 rows on 8 devices are replicated.
+axis that asks for it: an activation ``batch sequence embed`` spends `fsdp` on the batch and leaves "embed" whole, a parameter ``embed ffn``
+splits "embed" over `fsdp`. A dimension that its mesh axes do not divide stays whole: tables of 4 rows on 8 devices are replicated.
 """
 
 import math
@@ -17,6 +17,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "tokens": ("replica", "fsdp", "expert", "context"),
     "experts": ("expert",),
     "embed": ("fsdp",),
+    "rank": ("fsdp",),  # without it 63% of attention (query up-projection, grouped output) would be whole on every device
     "heads": ("tensor",),
     "ffn": ("tensor",),
     "vocab": ("tensor",),
