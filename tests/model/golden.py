@@ -1,8 +1,15 @@
-"""Reads a golden case into our parameters: config, arrays, and which of our parameters each reference gradient belongs to."""
+"""Reads a golden case into our parameters: config, arrays, and which reference gradient each of our gradients belongs to.
+
+The released tensor names (`model.safetensors`) and those of the reference class (`golden.npz`) differ, so there is a table for each. Our
+matrices are ``[in, out]``, theirs ``[out, in]``; ours are stacked over the layers of a run.
+"""
 
 import json
+import math
 import pathlib
+from collections.abc import Iterator
 
+import jax
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -51,6 +58,36 @@ _TOP = {
     "collapse/fn": ("hc_head_fn", True),
     "collapse/base": ("hc_head_base", False),
     "collapse/scale": ("hc_head_scale", False),
+}
+_SHARED = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_GRADIENTS = {  # ours -> the reference's; what is fused there has the same name twice
+    "attention/projections/wq_a": "self_attn.q_a_proj.weight",
+    "attention/projections/q_norm": "self_attn.q_a_norm.weight",
+    "attention/projections/wq_b": "self_attn.q_b_proj.weight",
+    "attention/projections/wkv": "self_attn.kv_proj.weight",
+    "attention/projections/kv_norm": "self_attn.kv_norm.weight",
+    "attention/projections/sink": "self_attn.sinks",
+    "attention/projections/wo_a": "self_attn.o_a_proj.weight",
+    "attention/projections/wo_b": "self_attn.o_b_proj.weight",
+    "attention/compressor/wkv": "self_attn.compressor.kv_proj.weight",
+    "attention/compressor/wgate": "self_attn.compressor.gate_proj.weight",
+    "attention/compressor/ape": "self_attn.compressor.position_bias",
+    "attention/compressor/norm": "self_attn.compressor.kv_norm.weight",
+    **{f"attention_mix/{x}": f"attn_hc.{x}" for x in ("fn", "base", "scale")},
+    **{f"moe_mix/{x}": f"ffn_hc.{x}" for x in ("fn", "base", "scale")},
+    "attention_norm": "input_layernorm.weight",
+    "moe_norm": "post_attention_layernorm.weight",
+    "moe/router/gate": "mlp.gate.weight",
+    "moe/experts/w1": "mlp.experts.gate_up_proj",
+    "moe/experts/w3": "mlp.experts.gate_up_proj",
+    "moe/experts/w2": "mlp.experts.down_proj",
+    **{f"moe/shared/{ours}": f"mlp.shared_experts.{theirs}.weight" for ours, theirs in _SHARED.items()},
+}
+_TOP_GRADIENTS = {
+    "embedding/table": "model.embed_tokens.weight",
+    "head": "lm_head.weight",
+    "norm": "model.norm.weight",
+    **{f"collapse/{x}": f"model.hc_head.hc_{x}" for x in ("fn", "base", "scale")},
 }
 
 
@@ -124,19 +161,21 @@ def _layer(tensors: dict, layer: int, model: config_lib.ModelConfig) -> dict[str
     return out
 
 
+def _places(model: config_lib.ModelConfig) -> Iterator[tuple[str, int]]:
+    """Where each layer's parameters are: path of its place in the pattern, and index along the stacked axis."""
+    for i, run in enumerate(stack.factor(stack.layer_specs(model))):
+        yield from ((f"stack/run_{i}/layer_{place}", repeat) for repeat in range(run.repeat) for place in range(len(run.pattern)))
+
+
 def parameters(name: str, model: config_lib.ModelConfig) -> dict:
     """Our parameters with the golden case's values."""
     tensors = load_file(FOLDER / name / "model.safetensors")
     flat = {ours: tensors[theirs].T if transposed else tensors[theirs] for ours, (theirs, transposed) in _TOP.items()}
-    layer = 0
-    for i, run in enumerate(stack.factor(stack.layer_specs(model))):
-        parts: dict[str, list[np.ndarray]] = {}
-        for _ in range(run.repeat):
-            for place in range(len(run.pattern)):
-                for ours, value in _layer(tensors, layer, model).items():
-                    parts.setdefault(f"stack/run_{i}/layer_{place}/{ours}", []).append(value)
-                layer += 1
-        flat |= {path: np.stack(values) for path, values in parts.items()}
+    parts: dict[str, list[np.ndarray]] = {}
+    for layer, (place, _) in enumerate(_places(model)):
+        for ours, value in _layer(tensors, layer, model).items():
+            parts.setdefault(f"{place}/{ours}", []).append(value)
+    flat |= {path: np.stack(values) for path, values in parts.items()}
     declared = param.flatten(param.declarations(transformer.Transformer(model)))
     assert declared.keys() == flat.keys(), declared.keys() ^ flat.keys()
     assert all(flat[path].shape == d.shape for path, d in declared.items())
@@ -148,3 +187,18 @@ def parameters(name: str, model: config_lib.ModelConfig) -> dict:
             node = node.setdefault(parent, {})
         node[leaf] = np.ascontiguousarray(value)
     return nested
+
+
+def gradient_norms(gradients: dict, model: config_lib.ModelConfig) -> dict[str, float]:
+    """L2 norms under the reference's names. The indexer's gradients, which the reference does not have, are left out."""
+    leaves = jax.tree_util.tree_flatten_with_path(gradients)[0]
+    flat = {param.path_name(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
+    squares: dict[str, float] = {}
+    for ours, theirs in _TOP_GRADIENTS.items():
+        squares[theirs] = float(np.sum(flat[ours] ** 2))
+    for layer, (place, repeat) in enumerate(_places(model)):
+        for ours, theirs in _GRADIENTS.items():
+            if (gradient := flat.get(f"{place}/{ours}")) is not None:
+                reference = f"model.layers.{layer}.{theirs}"
+                squares[reference] = squares.get(reference, 0.0) + float(np.sum(gradient[repeat] ** 2))
+    return {name: math.sqrt(square) for name, square in squares.items()}

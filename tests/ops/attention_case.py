@@ -1,5 +1,6 @@
 """Random inputs of one attention layer over the packed rows of `packing`, and the definition in loops, in fp64."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,9 @@ SEGMENTS, POSITIONS = packing.layout()
 BATCH, LENGTH = SEGMENTS.shape
 HEADS, WIDTH, INDEX_HEADS, INDEX_WIDTH = 3, 8, 2, 4
 RATIO, WINDOW, TOP_K = 4, 5, 3
+
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""Compiles faster; what runs here is too small to need fast code."""
 
 
 class Case(NamedTuple):

@@ -83,7 +83,7 @@ def test_there_is_no_attention_temperature():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_angles_are_exact_to_fp32_at_a_million_tokens(dtype):
-    """Rounding of frequency and angle may cost half a unit in the last place each: 2^-23 of the angle. A bf16 position is off by thousands."""
+    """Rounding frequency and angle may each cost half a unit in the last place: 2^-23 of the angle. A bf16 position is off by thousands."""
     positions = np.array([[1_048_575, 1_000_001, 777_777, 65_537, 4_097]], np.int32)
     pair = np.arange(32)
     exact = 160_000.0 ** (-pair / 32) * (1 - np.clip((pair - 15) / 10, 0, 1) * 15 / 16)
