@@ -121,24 +121,29 @@ def test_the_total_is_the_weighted_sum_of_its_terms():
 
 
 @pytest.fixture(scope="module")
-def gradients():
-    """Path -> gradient, of the loss without the indexer's, and of the indexer's alone: one compilation."""
+def whole():
+    """A model with every part, and ``gradient(learned, rows, of the indexer's loss?) -> ((loss, loads), {path: gradient})``."""
     config = small.config()
     params, model = small.parameters(config), transformer.Transformer(config)
-    rows = small.batch([[(11, 0, "ttiia"), (26, 5, "tttia"), (10, 0, "t")], [(47, 0, "tttttia")]], length=48)
-    trained = {path: d.trained for path, d in param.flatten(small.declarations(config)).items()}
+    declared = param.flatten(small.declarations(config))
     flat, structure = jax.tree.flatten(params)
-    paths = list(trained)
 
-    def value(learned, of_indexer):
-        whole = [learned.get(path, leaf) for path, leaf in zip(paths, flat, strict=True)]
-        sums = loss.terms(model, jax.tree.unflatten(structure, whole), rows, sources=1)
-        return jnp.where(of_indexer, sums.indexer, sums.text.sum() + sums.mtp + sums.balance)
+    def value(learned, rows, of_indexer):
+        everything = [learned.get(path, leaf) for path, leaf in zip(declared, flat, strict=True)]
+        sums = loss.terms(model, jax.tree.unflatten(structure, everything), rows, sources=1)
+        return jnp.where(of_indexer, sums.indexer, sums.text.sum() + sums.mtp + sums.balance), sums.loads
 
-    learned = {path: leaf for path, leaf in zip(paths, flat, strict=True) if trained[path]}
-    gradient = small.jit(jax.grad(value))
-    found = [jax.tree.map(np.asarray, gradient(learned, flag)) for flag in (False, True)]
-    return param.flatten(small.declarations(config)), *found
+    learned = {path: leaf for (path, d), leaf in zip(declared.items(), flat, strict=True) if d.trained}
+    rows = small.batch([[(11, 0, "ttiia"), (26, 5, "tttia"), (10, 0, "t")], [(47, 0, "tttttia")]], length=48)
+    return params, learned, rows, small.jit(jax.value_and_grad(value, has_aux=True))
+
+
+@pytest.fixture(scope="module")
+def gradients(whole):
+    """Declarations, gradients of the loss without the indexer's, and of the indexer's alone."""
+    _, learned, rows, gradient = whole
+    found = [jax.tree.map(np.asarray, gradient(learned, rows, flag)[1]) for flag in (False, True)]
+    return param.flatten(small.declarations(small.config())), *found
 
 
 def test_the_language_model_loss_reaches_every_parameter_but_the_indexers(gradients):
@@ -172,3 +177,61 @@ def test_each_expert_and_each_head_gets_a_gradient(gradients):
             assert x.any(axis=(-2, -1)).all(), path
         if path.endswith(("sink", "wo_a", "ape", "hnorm", "enorm")):
             assert (x != 0).mean() > 0.99, path
+
+
+def test_two_runs_agree_bit_for_bit(whole, gradients):
+    _, learned, rows, gradient = whole
+    again = gradient(learned, rows, False)[1]
+    for path, x in gradients[1].items():
+        np.testing.assert_array_equal(x, again[path], err_msg=path)
+
+
+@pytest.mark.parametrize("of_indexer", [False, True])
+def test_a_blank_batch_has_no_loss_no_gradient_and_moves_no_router(whole, of_indexer):
+    params, learned, _, gradient = whole
+    blank = small.batch([[], []], length=48)
+    (value, loads), found = gradient(learned, jax.tree.map(jnp.asarray, blank), of_indexer)
+    assert value == 0
+    assert all(not np.asarray(x).any() for x in found.values())
+    assert all(not np.asarray(x).any() for x in jax.tree.leaves(loads))
+    moved = transformer.update_router_biases(params, loads, speed=0.1)
+    jax.tree.map(np.testing.assert_array_equal, moved, params)
+
+
+def test_identical_tokens_stay_finite(whole):
+    """A batch of one repeated token: every score ties, and its experts take all."""
+    _, learned, _, gradient = whole
+    same = small.batch([[(48, 0, "t")], [(48, 0, "t")]], length=48)
+    same.tokens[:] = 7
+    (value, loads), found = gradient(learned, same, False)
+    assert np.isfinite(value)
+    assert all(np.isfinite(x).all() for x in found.values())
+    assert loads["stack"]["run_0"]["layer_0"].sum() == 96 * 2
+
+
+@pytest.mark.parametrize(
+    "path", ["embedding/table", "stack/run_0/layer_1/attention/projections/sink", "stack/run_0/layer_2/moe/shared/w1", "mtp/e_proj"]
+)
+def test_a_nan_anywhere_shows_in_the_gradient_norm(whole, path):
+    """No clamp, mask or selection swallows it."""
+    _, learned, rows, gradient = whole
+    broken = learned | {path: learned[path] * jnp.nan}
+    _, found = gradient(broken, rows, False)
+    assert not np.isfinite(sum(float(jnp.sum(jnp.square(x))) for x in found.values()))
+
+
+def test_router_biases_move_in_every_layer_by_the_speed_and_nothing_else_does(whole):
+    params, learned, rows, gradient = whole
+    (_, loads), _ = gradient(learned, rows, False)
+    moved = transformer.update_router_biases(params, loads, speed=0.25)
+    for path, d in param.flatten(small.declarations(small.config())).items():
+        before, after = params, moved
+        for key in path.split("/"):
+            before, after = before[key], after[key]
+        if "router_bias" in d.tags:
+            change = np.asarray(after - before)
+            assert set(np.unique(np.round(np.abs(change), 4))) <= {0, 0.25}, path
+            assert (np.abs(change).reshape(-1, 3, 8)[0] > 0).any(axis=1).all(), f"{path}: all three modalities are present"
+        else:
+            np.testing.assert_array_equal(before, after)
+    assert loads["mtp"].shape == (3, 8)

@@ -8,7 +8,7 @@ import pytest
 from tests.model import small
 from v4train.core import param
 from v4train.model import config as config_lib
-from v4train.model import router
+from v4train.model import router, transformer
 from v4train.train import loss
 
 CONFIG = small.config(moe={"experts": 8, "top_k": 3, "scaling": 2.5})
@@ -220,6 +220,29 @@ def test_tables_differ_by_seed_and_repeat_with_it(table):
     counts = zipf(5000)
     np.testing.assert_array_equal(router.balanced_table(counts, experts=64, top_k=6, seed=3), table)
     assert (router.balanced_table(counts, experts=64, top_k=6, seed=4) != table).mean() > 0.9
+
+
+def test_filling_gives_every_hash_layer_a_table_of_its_own_and_changes_nothing_else():
+    config = small.config("window", "window", "csa", moe={"hash_layers": 2})
+    declared = small.declarations(config)
+    params = jax.tree.map(jnp.zeros_like, small.parameters(config))
+    counts = zipf(small.VOCAB)
+    filled = transformer.fill_hash_tables(params, declarations=declared, counts=counts, seed=1)
+    tables = np.asarray(filled["stack"]["run_0"]["layer_0"]["moe"]["router"]["table"])
+    assert tables.shape == (2, small.VOCAB, 2)
+    assert (tables[0] != tables[1]).any()
+    for table in tables:
+        assert table.dtype == np.int32
+        load = np.bincount(table.ravel(), weights=np.repeat(counts, 2), minlength=8)
+        assert load.max() <= max(counts.max(), load.mean()) * 1.05
+    rest = [
+        x
+        for path, x in zip(param.flatten(declared), jax.tree.leaves(filled), strict=True)
+        if not path.endswith("table") or "embedding" in path
+    ]
+    assert not any(np.asarray(x).any() for x in rest)
+    again = transformer.fill_hash_tables(params, declarations=declared, counts=counts, seed=2)
+    assert (np.asarray(again["stack"]["run_0"]["layer_0"]["moe"]["router"]["table"]) != tables).any()
 
 
 def test_modalities_are_numbered_as_in_the_batch():
