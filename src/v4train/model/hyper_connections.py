@@ -24,7 +24,7 @@ class Mixing(NamedTuple):
     """How one sublayer's output goes back into the streams."""
 
     post: Float[Array, "b s n"]
-    comb: Float[Array, "b s n n"]
+    comb: Float[Array, "n n b s"]
 
 
 def _coefficients(streams: Float[Array, "b s n d"], fn: Float[Array, "nd c"], *, eps: float) -> Float[Array, "b s c"]:
@@ -35,7 +35,7 @@ def _coefficients(streams: Float[Array, "b s n d"], fn: Float[Array, "nd c"], *,
 
 def write_back(streams: Float[Array, "b s n d"], out: Float[Array, "b s d"], mixing: Mixing) -> Float[Array, "b s n d"]:
     """``new_k = post_k * out + sum_j comb[j, k] * stream_j``."""
-    mixed = jnp.einsum("bsjk,bsjd->bskd", mixing.comb, streams.astype(jnp.float32))
+    mixed = jnp.einsum("jkbs,bsjd->bskd", mixing.comb, streams.astype(jnp.float32))
     return (mixed + mixing.post[..., None] * out.astype(jnp.float32)[:, :, None]).astype(streams.dtype)
 
 
@@ -59,7 +59,7 @@ class HyperConnection(nnx.Module):
         scale = self.scale[...]
         pre = jax.nn.sigmoid(pre * scale[0] + base_pre[None, None]) + eps
         post = 2 * jax.nn.sigmoid(post * scale[1] + base_post[None, None])
-        comb = (comb * scale[2] + base_comb[None, None]).reshape(*comb.shape[:2], n, n)
+        comb = jnp.moveaxis(comb * scale[2] + base_comb[None, None], -1, 0).reshape(n, n, *comb.shape[:2])
         comb = sinkhorn.doubly_stochastic(comb, iterations=self.config.iterations, eps=eps)
         collapsed = jnp.einsum("bsn,bsnd->bsd", pre, streams.astype(jnp.float32)).astype(streams.dtype)
         return collapsed, Mixing(post, comb)

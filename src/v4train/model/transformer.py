@@ -3,7 +3,7 @@
 A `Transformer` is abstract until `core.param.bind` gives it arrays:
 
     model = Transformer(config)                                   # declarations only
-    params = param.initialise(param.declarations(model), key)
+    params = param.initialise(param.declarations(model), seed)
     outputs = param.bind(model, params)(inputs)
 """
 

@@ -132,14 +132,14 @@ def attend(
     )
     index_key = None if index is None or selection is None else index.key
 
-    @jax.checkpoint
     def body(sink: Array, entries: Entries | None, index_key: Array | None, chunk: _Chunk):
         return _attend_chunk(chunk, sink, window=window, entries=entries, index_key=index_key, selection=selection)
 
     if count == 1:
         only = body(sink, entries, index_key, jax.tree.map(lambda x: x[0], chunks))
         return Attended(only.out[:, :length], only.indexer_loss)
-    parts = jax.lax.map(lambda one: body(sink, entries, index_key, one), chunks)
+    remembered = jax.checkpoint(body)
+    parts = jax.lax.map(lambda one: remembered(sink, entries, index_key, one), chunks)
     out = jnp.moveaxis(parts.out, 0, 1).reshape(batch, count * chunk, *query.shape[2:])[:, :length]
     return Attended(out, parts.indexer_loss.sum(axis=0))
 

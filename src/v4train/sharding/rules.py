@@ -25,6 +25,10 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+SMALLEST_SPLIT = 2**14
+"""Elements of one layer below which a parameter is not split."""
+
+
 def spec(axes: tuple[str | None, ...], *, shape: tuple[int, ...] | None, mesh: jax.sharding.Mesh) -> PartitionSpec:
     """The partition of an array with these logical axes; with a shape, only dimensions that divide are split."""
     used: set[str] = set()
@@ -41,3 +45,11 @@ def spec(axes: tuple[str | None, ...], *, shape: tuple[int, ...] | None, mesh: j
 def sharding(axes: tuple[str | None, ...], *, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
     """Like `spec`, bound to the mesh."""
     return NamedSharding(mesh, spec(axes, shape=shape, mesh=mesh))
+
+
+def parameter_sharding(axes: tuple[str | None, ...], *, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Where a parameter lives. Small ones stay whole on every device: gathering a norm's weight costs more than keeping it."""
+    size = math.prod(n for n, axis in zip(shape, axes, strict=True) if axis != "layers")
+    if size < SMALLEST_SPLIT and "experts" not in axes:
+        return NamedSharding(mesh, PartitionSpec())
+    return sharding(axes, shape=shape, mesh=mesh)

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
@@ -39,16 +40,24 @@ def shardings(state: State, *, declarations: dict, mesh: jax.sharding.Mesh) -> S
         for start in range(len(keys)):
             declaration = by_path.get("/".join(keys[start:]))
             if declaration is not None and declaration.shape == leaf.shape:
-                return rules.sharding(declaration.axes, shape=leaf.shape, mesh=mesh)
+                return rules.parameter_sharding(declaration.axes, shape=leaf.shape, mesh=mesh)
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def create(key: Array, *, declarations: dict, optimizer: optax.GradientTransformation) -> State:
-    """A state before its first step (hash tables still empty). Trace it under `jax.jit` with output shardings."""
-    drawn = param.initialise(declarations, key)
+def create(seed: int, *, declarations: dict, optimizer: optax.GradientTransformation, placed: State) -> State:
+    """A state before its first step; hash tables are still empty.
+
+    Args:
+        seed: of the parameters' first values.
+        declarations: of all parameters.
+        optimizer: of the trained ones.
+        placed: shapes and shardings of the state.
+    """
+    drawn = param.initialise(declarations, seed, shardings=jax.tree.map(lambda x: x.sharding, tree.merge(placed.params, placed.buffers)))
     params = tree.select(drawn, declarations=declarations, keep=lambda d: d.trained)
     buffers = tree.select(drawn, declarations=declarations, keep=lambda d: not d.trained)
-    zero = jax.numpy.zeros((), jax.numpy.int32)
-    return State(zero, params, buffers, optimizer.init(params), zero)
+    started = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, placed.optimizer))(params)
+    zero = jax.device_put(np.zeros((), np.int32), placed.step.sharding)
+    return State(zero, params, buffers, started, zero.copy())

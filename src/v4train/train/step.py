@@ -34,7 +34,7 @@ class Report(NamedTuple):
     load: Float[Array, "l m e"]  # tokens per layer, modality and expert; the MTP block last
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Step:
     """``step(state, batch) -> (state, report)``; jit it with the state donated.
 
@@ -97,7 +97,7 @@ class Step:
         return value, sums, grads
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Evaluate:
     """``evaluate(params and buffers, batch) -> (nats, targets)`` per data source, summed; changes nothing."""
 

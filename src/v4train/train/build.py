@@ -1,0 +1,183 @@
+"""The only wiring: a recipe becomes a mesh, a model, an optimizer, a data pipeline and compiled functions."""
+
+import concurrent.futures
+import contextvars
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+
+from v4train import recipe as recipe_lib
+from v4train.core import axes, param, tree
+from v4train.data import batch as batch_lib
+from v4train.data import pipeline
+from v4train.model import transformer
+from v4train.optim import hybrid
+from v4train.sharding import constrain, rules
+from v4train.sharding import mesh as mesh_lib
+from v4train.train import loss as loss_lib
+from v4train.train import state as state_lib
+from v4train.train import step as step_lib
+
+
+SMALLEST_SPREAD = 2**24
+"""Elements of all Muon matrices below which every device orthogonalises them itself: moving them would take longer."""
+
+
+COMPILER_OPTIONS: dict[str, dict[str, bool | int]] = {
+    # On a CPU the program is small and compiled anew for each recipe: half the compile time is worth a few percent of speed.
+    "cpu": {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True},
+}
+"""What XLA is told, by platform."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a recipe stands for, before anything is compiled.
+
+    Attributes:
+        recipe: all settings.
+        mesh: the devices.
+        model: abstract.
+        declarations: of its parameters.
+        optimizer: of the trained ones.
+        data: training rows by step, held-out rows by source.
+        state: shapes, dtypes and shardings of the training state.
+        batch: likewise of a global batch.
+    """
+
+    recipe: recipe_lib.Recipe
+    mesh: jax.sharding.Mesh
+    model: transformer.Transformer
+    declarations: dict
+    optimizer: optax.GradientTransformation
+    data: pipeline.Pipeline
+    state: state_lib.State
+    batch: batch_lib.Batch
+
+    def place(self, batch: batch_lib.Batch) -> batch_lib.Batch:
+        """This host's rows -> the global batch on the devices."""
+        return jax.tree.map(lambda struct, x: jax.make_array_from_process_local_data(struct.sharding, x), self.batch, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Compiled functions, and how long that took."""
+
+    step: Callable[[state_lib.State, batch_lib.Batch], tuple[state_lib.State, step_lib.Report]]
+    evaluate: Callable[[state_lib.State, batch_lib.Batch], tuple[jax.Array, jax.Array]]
+    compile_seconds: float
+
+
+def parts(recipe: recipe_lib.Recipe) -> Parts:
+    """Everything but the compiled functions.
+
+    Raises:
+        ValueError: too few devices, missing or damaged data, or data that the model cannot take.
+    """
+    mesh = mesh_lib.make(recipe.mesh)
+    data = pipeline.Pipeline(
+        recipe.data, batch_rows=recipe.train.batch_rows, host_index=jax.process_index(), host_count=jax.process_count()
+    )
+    _check_tokenizer(recipe, data)
+    model = transformer.Transformer(recipe.model)
+    declarations = param.declarations(model)
+    optimizer = optimizer_of(recipe, declarations, mesh=mesh)
+    state = state_lib.declared(declarations, optimizer=optimizer)
+    placed = _with_shardings(state, state_lib.shardings(state, declarations=declarations, mesh=mesh))
+    return Parts(recipe, mesh, model, declarations, optimizer, data, placed, _batch_struct(recipe, data, mesh))
+
+
+def optimizer_of(recipe: recipe_lib.Recipe, declarations: dict, *, mesh: jax.sharding.Mesh) -> optax.GradientTransformation:
+    """The optimizer, with Newton-Schulz spread over the mesh. In the indexer's warm-up nothing else moves."""
+
+    def spread(matrices: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(
+            matrices, rules.sharding(axes.logical_axes("X _ _"), shape=matrices.shape, mesh=mesh)
+        )
+
+    trained = tree.select(declarations, declarations=declarations, keep=lambda d: d.trained)
+    matrices = sum(d.size for d in param.flatten(trained).values() if d.group == "muon")
+    worthwhile = mesh.size > 1 and matrices >= SMALLEST_SPREAD
+    return hybrid.hybrid(
+        recipe.optimizer,
+        trained,
+        total_steps=recipe.train.steps,
+        constrain=spread if worthwhile else None,
+        shards=mesh.size if worthwhile else 1,
+        trainable=(lambda _, d: "indexer" in d.tags) if loss_lib.warming_up(recipe.model) else None,
+    )
+
+
+def compile_program(p: Parts) -> Program:
+    """Traces here, then compiles all functions at once: XLA works outside of Python's lock."""
+    started = time.perf_counter()
+    sources, numerics, train = len(p.data.sources), p.recipe.numerics, p.recipe.train
+    step = step_lib.Step(p.model, p.declarations, p.optimizer, numerics, sources, train.microbatches, p.recipe.optimizer.clip_norm)
+    evaluate = step_lib.Evaluate(p.model, p.declarations, numerics, sources)
+    state_shardings = jax.tree.map(lambda x: x.sharding, p.state)
+    replicated = NamedSharding(p.mesh, jax.sharding.PartitionSpec())
+
+    jobs = {
+        "step": lambda: jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated)).lower(p.state, p.batch),
+        "evaluate": lambda: jax.jit(evaluate, out_shardings=replicated).lower(p.state, p.batch),
+    }
+    options = COMPILER_OPTIONS.get(jax.default_backend())
+    with constrain.on_mesh(p.mesh), concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        futures = {}
+        for name, lower in jobs.items():
+            futures[name] = pool.submit(contextvars.copy_context().run, lower().compile, options)
+        compiled = {name: future.result() for name, future in futures.items()}
+    return Program(**compiled, compile_seconds=time.perf_counter() - started)
+
+
+def first_state(p: Parts) -> state_lib.State:
+    """The state before the first step: parameters drawn from the seed, hash tables balanced by the data's token counts."""
+    state = state_lib.create(p.recipe.seed, declarations=p.declarations, optimizer=p.optimizer, placed=p.state)
+    buffers = tree.select(p.declarations, declarations=p.declarations, keep=lambda d: not d.trained)
+    counts = np.zeros(p.recipe.model.vocab_size)
+    histogram = p.data.token_histogram()
+    counts[: len(histogram)] = histogram
+    return state._replace(
+        buffers=transformer.fill_hash_tables(state.buffers, declarations=buffers, counts=counts, seed=p.recipe.seed)
+    )
+
+
+def _with_shardings(structs: state_lib.State, shardings: state_lib.State) -> state_lib.State:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), structs, shardings)
+
+
+def _batch_struct(recipe: recipe_lib.Recipe, data: pipeline.Pipeline, mesh: jax.sharding.Mesh) -> batch_lib.Batch:
+    rows, config = recipe.train.batch_rows, recipe.data
+    blank = batch_lib.empty(
+        1,
+        sequence_length=config.sequence_length,
+        max_patches=config.max_patches,
+        max_audio_frames=config.max_audio_frames,
+        image_patch=config.image_patch,
+        pad=data.tokenizer.pad,
+    )
+
+    def struct(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        by_token = x.ndim == 2 and x.shape[1] == config.sequence_length
+        letters = "B S" if by_token else " ".join(["B", *"_" * (x.ndim - 1)])
+        shape = (rows, *x.shape[1:])
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=rules.sharding(axes.logical_axes(letters), shape=shape, mesh=mesh))
+
+    return jax.tree.map(struct, blank)
+
+
+def _check_tokenizer(recipe: recipe_lib.Recipe, data: pipeline.Pipeline) -> None:
+    tokenizer, model = data.tokenizer, recipe.model
+    if model.vocab_size < tokenizer.vocab_size:
+        raise ValueError(f"model.vocab_size {model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} ids; set it to that")
+    media = set(tokenizer.media_token_ids)
+    uses_media = recipe.data.max_patches or recipe.data.max_audio_frames
+    if uses_media and not media <= set(model.media_tokens):
+        raise ValueError(
+            f"model.media_tokens {list(model.media_tokens)} must contain the tokenizer's media ids {sorted(media)}, which are never predicted"
+        )

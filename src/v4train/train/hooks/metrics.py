@@ -1,0 +1,121 @@
+"""Turns step reports into records: losses by source, gradient norm, learning rate, throughput, expert load."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from v4train.model import config as model_config
+from v4train.train import state as state_lib
+from v4train.train import step as step_lib
+from v4train.train.hooks import record
+
+
+class Metrics:
+    """A record of kind ``train`` per step, and of kind ``experts`` every so many."""
+
+    def __init__(
+        self,
+        sink: record.Sink,
+        *,
+        sources: Sequence[str],
+        layers: Sequence[str],
+        tokens_per_step: int,
+        learning_rate: Callable[[int], float],
+        flops_per_token: float,
+        peak_flops: float | None,
+        experts_every: int,
+        seconds_before: float,
+        on_skip: Callable[[int, float], None],
+    ):
+        """Args:
+        sink: where records go.
+        sources: names of the data sources, in the batch's order.
+        layers: a name per layer, for the load records.
+        tokens_per_step: places in a global batch.
+        learning_rate: of a number of steps done.
+        flops_per_token: of a training step, sparse count.
+        peak_flops: of all devices together, per second; None if unknown, then there is no MFU.
+        experts_every: steps between load records.
+        seconds_before: training time of earlier processes of this run.
+        on_skip: told of each step whose gradients were not finite.
+        """
+        self._sink, self._sources, self._layers = sink, list(sources), list(layers)
+        self._tokens_per_step, self._learning_rate = tokens_per_step, learning_rate
+        self._flops_per_token, self._peak = flops_per_token, peak_flops
+        self._experts_every, self._on_skip = experts_every, on_skip
+        self._started = time.perf_counter() - seconds_before
+        self._last = time.perf_counter()
+        self._load: np.ndarray | None = None
+        self._skipped = 0
+
+    def before(self, step: int, state: state_lib.State) -> None:
+        """Nothing: reports say it all."""
+
+    def after(self, step: int, report: step_lib.Report) -> None:
+        """Writes the step's records."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        if not report.finite:
+            self._skipped += 1
+            self._on_skip(step, float(report.grad_norm))
+        rate = self._tokens_per_step / seconds
+        by_source = {
+            f"loss/{name}": float(nats)
+            for name, nats, weight in zip(self._sources, report.text, report.text_weight, strict=True)
+            if weight > 0
+        }
+        self._sink(
+            {
+                "kind": "train",
+                "step": step,
+                "tokens": step * self._tokens_per_step,
+                "seconds": now - self._started,
+                "loss": float(report.loss),
+                **by_source,
+                "loss/mtp": float(report.mtp),
+                "loss/indexer": float(report.indexer),
+                "loss/balance": float(report.balance),
+                "learning_rate": self._learning_rate(step - 1),
+                "grad_norm": float(report.grad_norm),
+                "tokens_per_second": rate,
+                "step_seconds": seconds,
+                "mfu": None if self._peak is None else rate * self._flops_per_token / self._peak,
+                "skipped": self._skipped,
+            }
+        )
+        self._load = report.load if self._load is None else self._load + report.load
+        if step % self._experts_every == 0:
+            self._sink({"kind": "experts", "step": step, "layers": self._layers, "load": relative_load(self._load)})
+            self._load = None
+
+    def pause(self) -> None:
+        """What happened since the last step (an evaluation, a compilation) does not count as step time."""
+        self._last = time.perf_counter()
+
+
+def relative_load(load: np.ndarray) -> dict[str, list[list[float]]]:
+    """Tokens ``[L, M, E]`` -> share of each expert relative to uniform, by modality and over all; modalities without tokens are left out."""
+
+    def relative(counts: np.ndarray) -> list[list[float]]:
+        mean = counts.mean(axis=-1, keepdims=True)
+        return np.round(counts / np.maximum(mean, 1e-9), 4).tolist()
+
+    parts = {"all": load.sum(axis=1)} | {name: load[:, i] for i, name in enumerate(model_config.MODALITIES)}
+    return {name: relative(counts) for name, counts in parts.items() if counts.sum() > 0}
+
+
+def layer_names(config: model_config.ModelConfig) -> list[str]:
+    """``"0 window hash"``, ``"1 csa"``, ..., ``"mtp"``: as the load records name them."""
+    names = [f"{i} {kind}{' hash' if i < config.moe.hash_layers else ''}" for i, kind in enumerate(config.layer_kinds)]
+    return names if config.mtp is None else [*names, "mtp"]
+
+
+def peak_memory_bytes() -> int:
+    """The most memory in use at a time: of the devices where they tell, else of this process."""
+    import resource
+
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    on_devices = sum(s.get("peak_bytes_in_use", 0) for s in stats)
+    return on_devices or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

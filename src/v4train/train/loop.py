@@ -1,0 +1,61 @@
+"""The training loop: a list of acts.
+
+Before a step, hooks may read the state that the step will consume (evaluate it, save it together with its data position, which is its step
+count). Then the batch is drawn and the step is started; while the devices work, the *previous* step's report goes to the hooks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import jax
+
+from v4train.data import batch as batch_lib
+from v4train.train import build
+from v4train.train import state as state_lib
+from v4train.train import step as step_lib
+
+
+class Hook(Protocol):
+    """Something that watches a run. It never changes the state."""
+
+    def before(self, step: int, state: state_lib.State) -> None:
+        """``step`` steps are done and the next one has not begun. Called once more after the last step."""
+        ...
+
+    def after(self, step: int, report: step_lib.Report) -> None:
+        """The report, on the host, of the step that made ``step`` steps done."""
+        ...
+
+
+def run(
+    parts: build.Parts,
+    program: build.Program,
+    state: state_lib.State,
+    *,
+    start: int,
+    hooks: Sequence[Hook],
+    stop: Callable[[], bool],
+) -> tuple[state_lib.State, int]:
+    """Trains from ``start`` steps done to the end, or until ``stop`` says so; returns the state and the steps done."""
+    done, last = start, parts.recipe.train.steps
+    batches: Iterator[batch_lib.Batch] = parts.data.iterate(start)
+    report: step_lib.Report | None = None
+    while done < last and not stop():
+        for hook in hooks:
+            hook.before(done, state)
+        batch = parts.place(next(batches))
+        state, new = program.step(state, batch)
+        if report is not None:
+            _tell(hooks, done, report)
+        report, done = new, done + 1
+    if report is not None:
+        _tell(hooks, done, report)
+    for hook in hooks:
+        hook.before(done, state)
+    return state, done
+
+
+def _tell(hooks: Sequence[Hook], step: int, report: step_lib.Report) -> None:
+    on_host = jax.device_get(report)
+    for hook in hooks:
+        hook.after(step, on_host)
