@@ -329,6 +329,13 @@ def test_a_drawn_curve_has_the_logged_values_at_its_pixels(write):
     )
 
 
+@pytest.mark.parametrize("count, joined", [(2, False), (line_chart.JOINED - 1, False), (line_chart.JOINED, True)])
+def test_few_held_out_points_are_not_joined(write, count, joined):
+    text = page.write([_read(write([_train(1), _train(9), *(_eval(step, **{"loss/text": 3.0 - step / 9}) for step in range(count))]))])
+    assert (re.search(r'<path class="c\d points"', text) is not None) == joined
+    assert f'"joined":{line_chart.JOINED}' in text
+
+
 def test_the_data_in_the_page_are_the_logged_ones(write):
     text = page.write([_read(write([*_log(), _train(STEPS + 1, loss=None)]))])
     data = json.loads(re.search(r'id="charts">(.*?)</script>', text)[1])

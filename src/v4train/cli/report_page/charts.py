@@ -18,7 +18,7 @@ TERMS = {
     "loss": ("Total training loss", NATS),
     "loss/mtp": ("Multi-token prediction", NATS),
     "loss/indexer": ("Indexer alignment", NATS),
-    "loss/balance": ("Balance loss", "1 = uniform"),
+    "loss/balance": ("Balance loss", "sum over learned routers, uniform: 1 each"),
 }
 
 

@@ -40,7 +40,7 @@ class Curve:
         label: what the reader sees when pointing at it.
         key: entry of the legend; curves of one key share colour and marker.
         style: index into the palette and the markers.
-        role: ``raw`` (faint, behind), ``line``, ``marked`` (a line with markers), ``points`` (markers, joined by dots).
+        role: ``raw`` (faint, behind), ``line``, ``marked`` (a line with markers), ``points`` (markers; many are joined by dots).
         abscissa: index into the page's list.
         values: f64[n], NaN for gaps.
     """

@@ -28,6 +28,7 @@ MARKERS = (  # one a style, drawn from its centre, in an order that also tells n
     "m-2,-4h4v8h-4z",
 )
 MARKER_GAP = 22  # px between marked points of one curve, at least; the last point is always marked
+JOINED = 4  # held-out points, at least, that are joined by dots: a line through two would claim what nobody measured
 TIME_UNITS = ((180, 1, "s"), (3 * 3600, 60, "min"), (72 * 3600, 3600, "hours"), (math.inf, 86400, "days"))
 
 
@@ -60,6 +61,7 @@ def page_data(charts: list[curves.Chart], *, abscissas: list[curves.Abscissa], c
         "height": HEIGHT,
         "markers": MARKERS,
         "markerGap": MARKER_GAP,
+        "joined": JOINED,
         "choices": {clock: {key: value for key, value in choice.items() if key != "divisor"} for clock, choice in choices.items()},
         "abscissas": [{clock: _numbers(a.clocks[clock] / choices[clock]["divisor"]) for clock in choices} for a in abscissas],
         "charts": [_chart_data(chart) for chart in charts],
@@ -147,8 +149,9 @@ def _curve(curve: curves.Curve, *, chart: curves.Chart, abscissa: curves.Absciss
         for step, value in zip(abscissa.clocks["step"], curve.values, strict=True)
     ]
     colour = f"c{curve.style % STYLES}"
-    path = f'<path class="{colour} {curve.role}" d="{_line(pixels)}"/>'
     points = [point for point in pixels if point is not None]
+    joined = curve.role != "points" or len(points) >= JOINED
+    path = f'<path class="{colour} {curve.role}" d="{_line(pixels)}"/>' if joined else ""
     if curve.role not in ("points", "marked") and len(points) > 1:
         return path
     marks, free = [], math.inf

@@ -64,7 +64,7 @@ function draw(chart) {
     const all = points(chart, curve), seen = all.filter(p => p);
     let d = "", pen = "M";
     for (const p of all) { if (!p) { pen = "M"; continue; } d += `${pen}${p[0].toFixed(1)},${p[1].toFixed(1)}`; pen = "L"; }
-    layer.append(make("path", {class: `c${curve.style} ${curve.role}`, d}));
+    if (curve.role !== "points" || seen.length >= data.joined) layer.append(make("path", {class: `c${curve.style} ${curve.role}`, d}));
     if (curve.role === "points" || curve.role === "marked" || seen.length === 1) {
       let marks = "", free = Infinity;
       for (const p of [...seen].reverse()) if (p[0] <= free) {

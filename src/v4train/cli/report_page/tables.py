@@ -15,12 +15,12 @@ def tiles(run: figures.Figures) -> str:
     candidates = [
         ("Steps", f"{run.steps:,}", ""),
         ("Tokens", scale.count(run.tokens), ""),
-        ("Wall time", scale.duration(run.seconds), ""),
+        ("Training time", scale.duration(run.seconds), "without compilation"),
         ("Throughput", scale.count(run.speed), "tokens/s, median"),
         ("MFU", "–" if run.mfu is None else f"{run.mfu:.1%}", "median"),
         ("Parameters", scale.count(run.parameters), "" if run.active is None else f"{scale.count(run.active)} active"),
         ("Train loss", scale.plain(run.train_loss), "nats, at the end"),
-        ("Peak memory", scale.size(run.memory), "per device"),
+        ("Peak memory", scale.size(run.memory), "of one process"),
         ("Compilation", scale.duration(run.compilation), "" if run.first_step is None else f"first step {scale.duration(run.first_step)}"),
     ]
     shown = [(name, value, note) for name, value, note in candidates if value != ABSENT]
@@ -51,12 +51,12 @@ def comparison(runs: list[runs_lib.Run], *, known: list[figures.Figures]) -> str
     lines: list[tuple[str, list[float | None], str, int]] = [  # head, values, notation, better direction
         ("steps", [run.steps for run in known], "whole", 0),
         ("tokens", [run.tokens for run in known], "count", 0),
-        ("wall time", [run.seconds for run in known], "duration", 0),
+        ("training time", [run.seconds for run in known], "duration", 0),
         ("tokens/s, median", [run.speed for run in known], "count", 1),
         ("MFU, median", [run.mfu for run in known], "percent", 1),
         ("parameters", [run.parameters for run in known], "count", 0),
         ("active parameters", [run.active for run in known], "count", 0),
-        ("peak memory per device", [run.memory for run in known], "size", 0),
+        ("peak memory of one process", [run.memory for run in known], "size", 0),
         ("train loss at the end", [run.train_loss for run in known], "plain", -1),
         *((f"held-out loss, {name}", [_last(run, name) for run in known], "plain", -1) for name in sources),
     ]
