@@ -16,11 +16,15 @@ from v4train.optim import config as optim_config
 from v4train.sharding import config as sharding_config
 from v4train.train import config as train_config
 
+_AUDIO = (80, 16)
+"""Channels and levels of a frame, as every token store holds them."""
+
 
 class Recipe(base.Config):
     """Everything about a run."""
 
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9._-]+$")
+    """Of the run; by default also of its directory."""
     seed: int = 0
     """Of the parameters' first values."""
     mesh: sharding_config.MeshConfig = sharding_config.MeshConfig()
@@ -33,7 +37,7 @@ class Recipe(base.Config):
 
     @property
     def run_directory(self) -> str:
-        return self.train.run_directory.format(name=self.name)
+        return self.train.run_directory.replace("{name}", self.name)
 
     @property
     def tokens_per_step(self) -> int:
@@ -44,8 +48,9 @@ def _batch_divides(r: Recipe) -> str | None:
     parts = r.mesh.batch_shards * r.train.microbatches
     if r.train.batch_rows % parts:
         return (
-            f"train.batch_rows {r.train.batch_rows} must be a multiple of {parts} (mesh.replica {r.mesh.replica} x mesh.fsdp {r.mesh.fsdp} x "
-            f"mesh.expert {r.mesh.expert} x train.microbatches {r.train.microbatches}); nearest: {max(r.train.batch_rows // parts, 1) * parts}"
+            f"train.batch_rows {r.train.batch_rows} must be a multiple of {parts} (mesh.replica {r.mesh.replica} x "
+            f"mesh.fsdp {r.mesh.fsdp} x mesh.expert {r.mesh.expert} x train.microbatches {r.train.microbatches}); "
+            f"nearest: {max(r.train.batch_rows // parts, 1) * parts}"
         )
     return None
 
@@ -85,6 +90,19 @@ def _image_stem_fits(r: Recipe) -> str | None:
 def _audio_stem_fits(r: Recipe) -> str | None:
     if r.data.max_audio_frames and r.model.audio is None:
         return f"data.max_audio_frames is {r.data.max_audio_frames}, but the model has no audio stem; add model.audio or set it to 0"
+    if r.model.audio is not None and (r.model.audio.bins, r.model.audio.levels) != _AUDIO:
+        found = f"{r.model.audio.bins} and {r.model.audio.levels}"
+        return (
+            f"model.audio.bins and model.audio.levels are {found}, but the data layer's frames have {_AUDIO[0]} and {_AUDIO[1]}; set these"
+        )
+    return None
+
+
+def _run_directory_is_a_path(r: Recipe) -> str | None:
+    if set("{}") & set(r.run_directory):
+        return (
+            f"train.run_directory {r.train.run_directory!r} has braces other than {{name}}, which stands for the recipe's name; remove them"
+        )
     return None
 
 
@@ -104,6 +122,7 @@ CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
     _positions_suffice,
     _image_stem_fits,
     _audio_stem_fits,
+    _run_directory_is_a_path,
     _schedule_fits,
 )
 

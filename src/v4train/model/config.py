@@ -14,9 +14,13 @@ class YarnConfig(base.Config):
     """YaRN scaling of the rotation on layers with compressed entries. No attention temperature."""
 
     factor: float = pydantic.Field(default=16.0, ge=1)
+    """Slow frequencies are divided by this."""
     original_positions: _Positive = 65_536
+    """Positions of the training before the scaling; slow and fast are judged by the turns made in these."""
     beta_fast: float = 32.0
+    """Turns from which on a frequency is fast and stays as it is."""
     beta_slow: float = 1.0
+    """Turns below which a frequency is slow; between the two lies a ramp."""
 
 
 class WindowConfig(base.Config):
@@ -37,7 +41,9 @@ class CompressedSparseConfig(base.Config):
     ratio: Annotated[int, pydantic.Field(ge=1)] = 4
     """Tokens per compressed entry (m)."""
     index_heads: _Positive = 64
+    """Query heads of the indexer."""
     index_head_dim: _Positive = 128
+    """Width of one of them, and of an index key."""
     top_k: _Positive = 512
     """Entries that a query attends."""
     phase: Literal["dense", "warmup", "sparse"] = "sparse"
@@ -49,6 +55,7 @@ class HeavilyCompressedConfig(base.Config):
 
     kind: Literal["hca"] = "hca"
     ratio: Annotated[int, pydantic.Field(ge=1)] = 128
+    """Tokens per compressed entry (m')."""
 
 
 AttentionKind = Annotated[WindowConfig | CompressedSparseConfig | HeavilyCompressedConfig, pydantic.Field(discriminator="kind")]
@@ -58,12 +65,17 @@ class AttentionConfig(base.Config):
     """What the three kinds share."""
 
     heads: _Positive
+    """Query heads; they share one head that is key and value."""
     head_dim: _Positive
+    """Width of a head."""
     rope_dim: Annotated[int, pydantic.Field(gt=0, multiple_of=2)]
     """Trailing channels of a head that carry the rotation."""
     query_rank: _Positive
+    """Width of the low-rank latent that queries are made of, the indexer's too."""
     output_groups: _Positive
+    """Groups of heads that are projected out separately."""
     output_rank: _Positive
+    """Width that each group is projected to, before one matrix takes all to the hidden width."""
     window: _Positive = 128
     """Raw tokens a query sees, itself included."""
     rope_theta: float = pydantic.Field(default=10_000.0, gt=0)
@@ -87,9 +99,11 @@ class HyperConnectionConfig(base.Config):
     """Manifold-constrained hyper-connections (mHC)."""
 
     streams: _Positive = 4
+    """Residual streams."""
     iterations: _Positive = 20
     """Sinkhorn steps."""
     eps: float = pydantic.Field(default=1e-6, gt=0)
+    """Added to the divisors of Sinkhorn and to the gates."""
     scale_init: float = 0.01
     """First value of the gating factors: 0.01 as Megatron, 1 as `transformers`; DeepSeek's is unpublished."""
 
@@ -98,13 +112,17 @@ class MoeConfig(base.Config):
     """Mixture of experts, in every layer."""
 
     experts: _Positive
+    """Routed experts of a layer."""
     top_k: _Positive
+    """Routed experts that a token uses."""
     ffn: _Positive
     """Hidden width of an expert, the shared one included."""
     shared: _Positive = 1
+    """Width of the shared expert, as a multiple of `ffn`."""
     scaling: float = pydantic.Field(default=1.5, gt=0)
     """Factor on the normalised mixing weights (1.5 Flash, 2.5 Pro)."""
     swiglu_limit: float = pydantic.Field(default=10.0, gt=0)
+    """The gate is cut above this, the other factor at plus and minus this."""
     hash_layers: int = pydantic.Field(default=3, ge=0)
     """First layers, whose text tokens are routed by a fixed table of token ids."""
     bias_speed: float = pydantic.Field(default=0.001, ge=0)
@@ -132,31 +150,38 @@ class AudioStemConfig(base.Config):
     """dMel frames -> embeddings."""
 
     bins: _Positive = 80
+    """Mel channels of a frame."""
     levels: _Positive = 16
+    """Levels of a channel."""
 
 
 class MtpConfig(base.Config):
     """Multi-token prediction, depth 1: predicts the token after the next with a block of its own."""
 
     loss_weight: float = pydantic.Field(default=0.3, ge=0)
+    """Of its cross-entropy in the objective."""
 
 
 class LayerRun(base.Config):
     """``pattern`` of attention kinds, ``repeat`` times."""
 
     pattern: tuple[str, ...] = pydantic.Field(min_length=1)
+    """Kinds in order, as `kinds` names them."""
     repeat: _Positive = 1
+    """Times that the pattern comes."""
 
 
 class ModelConfig(base.Config):
     """The whole model."""
 
     vocab_size: _Positive
+    """Token ids, at least those of the tokenizer."""
     hidden: _Positive
     """Width d of the residual streams."""
     kinds: tuple[AttentionKind, ...] = (WindowConfig(), CompressedSparseConfig(), HeavilyCompressedConfig())
     """One entry per attention kind used."""
     layers: tuple[LayerRun, ...] = pydantic.Field(min_length=1)
+    """The layers in order, first to last."""
     attention: AttentionConfig
     hyper: HyperConnectionConfig = HyperConnectionConfig()
     moe: MoeConfig
@@ -166,8 +191,11 @@ class ModelConfig(base.Config):
     media_tokens: tuple[int, ...] = ()
     """Token ids that mark media slots: they are never predicted."""
     max_positions: _Positive = 1_048_576
+    """Longest row that the model may be given, tokens."""
     norm_eps: float = pydantic.Field(default=1e-6, gt=0)
+    """Added to the mean square in every norm."""
     init_std: float = pydantic.Field(default=0.02, gt=0)
+    """Standard deviation of first values."""
     indexer_loss: float = pydantic.Field(default=1e-2, ge=0)
     """Weight of the indexer's KL loss."""
     remat: Literal["none", "full", "dots"] = "full"
