@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from v4train.core import param
 from v4train.model import config as config_lib
 from v4train.model import context as context_lib
+from v4train.ops import gather, segments
 
 
 class Routing(NamedTuple):
@@ -55,7 +56,7 @@ class Router(nnx.Module):
         if self.hashed:
             by_id = self.table[...].at[inputs.tokens].get(mode="promise_in_bounds")
             experts = jnp.where((inputs.modality == 0)[..., None], by_id, experts)
-        chosen = jnp.take_along_axis(affinity, experts, axis=-1)
+        chosen = gather.take_elements(affinity, experts)
         weights = chosen / jnp.sum(chosen, axis=-1, keepdims=True) * moe.scaling
         picked = jax.nn.one_hot(experts, moe.experts, dtype=jnp.float32).sum(axis=2) * real[..., None]
         modality = jax.nn.one_hot(inputs.modality, len(config_lib.MODALITIES), dtype=jnp.float32)
@@ -68,13 +69,12 @@ class Router(nnx.Module):
 
 
 def _balance_loss(affinity: Array, picked: Array, segment_ids: Array, top_k: int) -> Array:
-    documents, experts = segment_ids.shape[1] + 1, affinity.shape[-1]
+    """Only the affinities have a gradient, so each token takes its document's choices from differences of a running sum: no scatter."""
+    share = affinity / jnp.sum(affinity, axis=-1, keepdims=True)
+    chosen = segments.totals(jax.lax.stop_gradient(picked), segment_ids)
     real = (segment_ids > 0).astype(jnp.float32)
-    share = affinity / jnp.sum(affinity, axis=-1, keepdims=True) * real[..., None]
-    per_document = jax.vmap(lambda x, ids: jax.ops.segment_sum(x, ids, documents))
-    tokens = jnp.maximum(per_document(real, segment_ids), 1.0)
-    products = jnp.sum(per_document(share, segment_ids) * per_document(picked, segment_ids), axis=-1)
-    return jnp.sum(products / tokens) * experts / top_k
+    tokens = jnp.maximum(segments.totals(real[..., None], segment_ids)[..., 0], 1.0)
+    return jnp.sum(jnp.sum(share * chosen, axis=-1) * real / tokens) * affinity.shape[-1] / top_k
 
 
 def update_bias(bias: Float[Array, "... m e"], load: Float[Array, "... m e"], *, speed: float) -> Float[Array, "... m e"]:

@@ -18,6 +18,7 @@ from v4train.core import param
 from v4train.model import block as block_lib
 from v4train.model import config as config_lib
 from v4train.model import context as context_lib
+from v4train.sharding import constrain
 
 _LONGEST_PATTERN = 4
 _POLICIES = {"full": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -103,7 +104,7 @@ class Stack(nnx.Module):
             name = f"run_{i}"
             graph, state = nnx.split(getattr(self, name))
             if run.repeat == 1:
-                streams, one = nnx.merge(graph, jax.tree.map(lambda x: x[0], state))(streams, context)
+                streams, one = _scanned(graph, context, streams, jax.tree.map(lambda x: x[0], state))
                 stats[name] = jax.tree.map(lambda x: x[None], one)
             else:
                 body = functools.partial(_scanned, graph, context)
@@ -112,7 +113,18 @@ class Stack(nnx.Module):
 
 
 def _scanned(graph, context, streams, state):
-    return nnx.merge(graph, state)(streams, context)
+    return nnx.merge(graph, unshard(state))(streams, context)
+
+
+def unshard(state: nnx.State) -> nnx.State:
+    """Gathers the parameters of one layer, so that only one layer's are whole at a time."""
+
+    def gather(variable: nnx.Variable) -> nnx.Variable:
+        x = variable.get_value()
+        axes = variable.get_metadata()["declaration"].axes
+        return variable.replace(constrain.unshard(x, axes[len(axes) - x.ndim :]))
+
+    return jax.tree.map(gather, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
 def in_layer_order(stats: dict[str, dict[str, Array]]) -> Array:

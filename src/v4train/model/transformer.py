@@ -50,7 +50,7 @@ class Transformer(nnx.Module):
     def __call__(self, inputs: context_lib.Inputs) -> Outputs:
         """Hidden states of every position; `token_losses` and `logits` turn them into predictions."""
         context = context_lib.make(inputs, config=self.config)
-        embedded = constrain.constrain(self.embedding(inputs), "B S D")
+        embedded = constrain.constrain(_gathered(self.embedding)(inputs), "B S D")
         streams = jnp.broadcast_to(embedded[:, :, None], (*embedded.shape[:2], self.config.hyper.streams, embedded.shape[-1]))
         streams, stats = self.stack(constrain.constrain(streams, "B S N D"), context)
         hidden = norm.rms_norm(self.collapse(streams), self.norm[...], eps=self.config.norm_eps)
@@ -58,7 +58,7 @@ class Transformer(nnx.Module):
         loads = {"stack": {name: {place: layer.load for place, layer in run.items()} for name, run in stats.items()}}
         mtp_hidden = None
         if self.mtp is not None:
-            mtp_hidden, mtp_stats = self.mtp(streams, embedded, context)
+            mtp_hidden, mtp_stats = _gathered(self.mtp)(streams, embedded, context)
             layers.append(mtp_stats)
             loads["mtp"] = mtp_stats.load
         return Outputs(
@@ -69,6 +69,9 @@ class Transformer(nnx.Module):
             loads=loads,
         )
 
+    def _head(self) -> Float[Array, "d v"]:
+        return constrain.unshard(self.head[...], self.head.get_metadata()["declaration"].axes)
+
     def _allowed(self) -> np.ndarray | None:
         if not self.config.media_tokens:
             return None
@@ -78,11 +81,16 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
         """fp32 logits; media placeholders get the lowest finite value."""
-        return cross_entropy.logits(hidden, self.head[...], allowed=self._allowed())
+        return cross_entropy.logits(hidden, self._head(), allowed=self._allowed())
 
     def token_losses(self, hidden: Float[Array, "b s d"], targets: Int[Array, "b s"]) -> Float[Array, "b s"]:
         """Cross-entropy of each position, nats, fp32."""
-        return cross_entropy.cross_entropy(hidden, self.head[...], targets, allowed=self._allowed(), chunk=self.config.loss_chunk)
+        return cross_entropy.cross_entropy(hidden, self._head(), targets, allowed=self._allowed(), chunk=self.config.loss_chunk)
+
+
+def _gathered(module: nnx.Module) -> nnx.Module:
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, stack.unshard(state))
 
 
 def update_router_biases(params: dict, loads: dict, *, speed: float) -> dict:

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from v4train.ops import segments
+
 
 class Blocks(NamedTuple):
     """Where each entry of a row comes from; all ``[B, N]`` with ``N = S // m``."""
@@ -32,16 +34,14 @@ def block_table(segment_ids: Int[Array, "b s"], positions: Int[Array, "b s"], *,
     """Finds the complete blocks of ``ratio`` tokens of every document in every row."""
     length = segment_ids.shape[1]
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], segment_ids.shape)
-    previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    start = jax.lax.cummax(jnp.where(segment_ids != previous, index, 0), axis=1)
+    start, _ = segments.bounds(segment_ids)
     seen = index - start + 1
     is_end = (segment_ids > 0) & (positions % ratio == ratio - 1) & (seen >= ratio)
-    find = jax.vmap(lambda row: jnp.nonzero(row, size=length // ratio, fill_value=length)[0])
-    end = find(is_end).astype(jnp.int32)
+    end = jnp.sort(jnp.where(is_end, index, length), axis=1)[:, : length // ratio]
     used, at = end < length, jnp.minimum(end, length - 1)
 
     def pick(x: Array) -> Array:
-        return jnp.take_along_axis(x, at, axis=1)
+        return jnp.take_along_axis(x, at, axis=1, mode="promise_in_bounds")
 
     return Blocks(
         end=end,

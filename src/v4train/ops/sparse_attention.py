@@ -30,6 +30,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from v4train.ops import gather
+
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
@@ -168,12 +170,11 @@ def _attend_chunk(
         scores = _index_scores(chunk, index_key)
         if selection.top_k is not None:
             scores, picked = _select(scores, seen, selection.top_k)
-            seen = jnp.take_along_axis(seen, picked, axis=-1)
+            seen = jnp.take_along_axis(seen, picked, axis=-1, mode="promise_in_bounds")
     if picked is None:
         values, each = entries.values, "bnk"
     else:
-        values = jax.vmap(lambda rows, at: rows.at[at].get(mode="promise_in_bounds"))(entries.values, picked)
-        each = "bcnk"
+        values, each = gather.take_rows(entries.values, picked), "bcnk"
     far = jnp.einsum(f"bchk,{each}->bchn", query, values, preferred_element_type=jnp.float32)
     far = jnp.where(seen[:, :, None], far, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.maximum(top, far.max(axis=-1)))
@@ -209,7 +210,7 @@ def _index_scores(chunk: _Chunk, index_key: Array) -> Array:
 def _select(scores: Array, seen: Array, top_k: int) -> tuple[Array, Array]:
     """Scores and places ``[B, C, k]`` of the best visible entries; invisible ones fill up where there are fewer than k."""
     _, picked = jax.lax.top_k(jax.lax.stop_gradient(jnp.where(seen, scores, _LOWEST)), top_k)
-    return jnp.take_along_axis(scores, picked, axis=-1), picked
+    return gather.take_elements(scores, picked), picked
 
 
 def _indexer_loss(share: Array, scores: Array, seen: Array) -> Array:

@@ -40,6 +40,18 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, rules.sharding(axes_lib.logical_axes(letters), shape=x.shape, mesh=mesh))
 
 
+def unshard(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A parameter as a layer uses it: gathered over `fsdp`, still split over `expert` and `tensor`. Its gradient is scattered back.
+
+    Without this, the compiler is free to split the arithmetic over `fsdp` instead, and moves activations to do so.
+    """
+    mesh = _current()
+    if mesh is None:
+        return x
+    kept = tuple(axis if "fsdp" not in rules.RULES.get(axis or "", ()) else None for axis in axes)
+    return jax.lax.with_sharding_constraint(x, rules.parameter_sharding(kept, shape=x.shape, mesh=mesh))
+
+
 def mesh_axis(letter: str) -> str | None:
     """The mesh axis that splits a logical axis, or None if it is whole. For axes that one mesh axis splits."""
     mesh = _current()

@@ -23,14 +23,13 @@ from v4train.train import loss as loss_lib
 from v4train.train import state as state_lib
 from v4train.train import step as step_lib
 
-
 SMALLEST_SPREAD = 2**24
 """Elements of all Muon matrices below which every device orthogonalises them itself: moving them would take longer."""
 
 
 COMPILER_OPTIONS: dict[str, dict[str, bool | int]] = {
     # On a CPU the program is small and compiled anew for each recipe: half the compile time is worth a few percent of speed.
-    "cpu": {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True},
+    "cpu": {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False},
 }
 """What XLA is told, by platform."""
 
@@ -95,20 +94,20 @@ def parts(recipe: recipe_lib.Recipe) -> Parts:
 def optimizer_of(recipe: recipe_lib.Recipe, declarations: dict, *, mesh: jax.sharding.Mesh) -> optax.GradientTransformation:
     """The optimizer, with Newton-Schulz spread over the mesh. In the indexer's warm-up nothing else moves."""
 
-    def spread(matrices: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(
-            matrices, rules.sharding(axes.logical_axes("X _ _"), shape=matrices.shape, mesh=mesh)
-        )
-
     trained = tree.select(declarations, declarations=declarations, keep=lambda d: d.trained)
     matrices = sum(d.size for d in param.flatten(trained).values() if d.group == "muon")
-    worthwhile = mesh.size > 1 and matrices >= SMALLEST_SPREAD
+    spread = mesh.size > 1 and matrices >= SMALLEST_SPREAD
+    letters = "X _ _" if spread else "_ _ _"
+
+    def constrain_stack(x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, rules.sharding(axes.logical_axes(letters), shape=x.shape, mesh=mesh))
+
     return hybrid.hybrid(
         recipe.optimizer,
         trained,
         total_steps=recipe.train.steps,
-        constrain=spread if worthwhile else None,
-        shards=mesh.size if worthwhile else 1,
+        constrain=constrain_stack if mesh.size > 1 else None,
+        shards=mesh.size if spread else 1,
         trainable=(lambda _, d: "indexer" in d.tags) if loss_lib.warming_up(recipe.model) else None,
     )
 
@@ -142,9 +141,7 @@ def first_state(p: Parts) -> state_lib.State:
     counts = np.zeros(p.recipe.model.vocab_size)
     histogram = p.data.token_histogram()
     counts[: len(histogram)] = histogram
-    return state._replace(
-        buffers=transformer.fill_hash_tables(state.buffers, declarations=buffers, counts=counts, seed=p.recipe.seed)
-    )
+    return state._replace(buffers=transformer.fill_hash_tables(state.buffers, declarations=buffers, counts=counts, seed=p.recipe.seed))
 
 
 def _with_shardings(structs: state_lib.State, shardings: state_lib.State) -> state_lib.State:
