@@ -92,17 +92,13 @@ def _audio_stem_fits(r: Recipe) -> str | None:
         return f"data.max_audio_frames is {r.data.max_audio_frames}, but the model has no audio stem; add model.audio or set it to 0"
     if r.model.audio is not None and (r.model.audio.bins, r.model.audio.levels) != _AUDIO:
         found = f"{r.model.audio.bins} and {r.model.audio.levels}"
-        return (
-            f"model.audio.bins and model.audio.levels are {found}, but the data layer's frames have {_AUDIO[0]} and {_AUDIO[1]}; set these"
-        )
+        return f"model.audio.bins and model.audio.levels are {found}, but audio data have {_AUDIO[0]} and {_AUDIO[1]}; set these"
     return None
 
 
 def _run_directory_is_a_path(r: Recipe) -> str | None:
     if set("{}") & set(r.run_directory):
-        return (
-            f"train.run_directory {r.train.run_directory!r} has braces other than {{name}}, which stands for the recipe's name; remove them"
-        )
+        return f"train.run_directory {r.train.run_directory!r} has braces other than {{name}}, the recipe's name; remove them"
     return None
 
 

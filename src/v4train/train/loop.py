@@ -19,7 +19,8 @@ class Hook(Protocol):
     """Something that watches a run. It never changes the state."""
 
     def before(self, step: int, state: state_lib.State) -> None:
-        """``step`` steps are done and the next one has not begun. Called once more after the last step."""
+        """``step`` steps are done and the next one has not begun. Called once more after the last step of the run, not
+        where a run is only interrupted: the process that goes on from there calls it."""
         ...
 
     def after(self, step: int, report: step_lib.Report) -> None:
@@ -50,8 +51,9 @@ def run(
         report, done = new, done + 1
     if report is not None:
         _tell(hooks, done, report)
-    for hook in hooks:
-        hook.before(done, state)
+    if done == last:
+        for hook in hooks:
+            hook.before(done, state)
     return state, done
 
 

@@ -1,7 +1,8 @@
 """The training loss: named terms, kept as sums over tokens until the whole batch is in.
 
-A mean of per-device or per-microbatch means is wrong under packing, because parts hold different numbers of targets. All denominators (`Counts`) are
-properties of the batch alone, so they are known before the first microbatch, and the gradient of the sum over microbatches is exact.
+A mean of per-device or per-microbatch means is wrong under packing, because parts hold different numbers of targets. All denominators
+(`Counts`) are properties of the batch alone, so they are known before the first microbatch, and the gradient of the sum over microbatches
+is exact.
 """
 
 from typing import NamedTuple

@@ -2,10 +2,8 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +18,10 @@ from v4train.model import count, flops
 from v4train.optim import schedule
 from v4train.train import build, loop, resilience
 from v4train.train import state as state_lib
-from v4train.train.hooks import checkpoints, evaluation, metrics, progress, record
+from v4train.train import summary as summary_lib
+from v4train.train.hooks import checkpoints, evaluation, first_step, metrics, progress, quarantine, record
+
+METRICS = "metrics.jsonl"
 
 # A resumed run may differ in these: they do not change what a step computes from a state and a batch.
 MAY_CHANGE = (
@@ -63,19 +64,40 @@ def run(loaded: load.Loaded[recipe_lib.Recipe], *, program_started: float) -> Ou
         program_started: `time.time` when the program began, for the time to the first step.
 
     Raises:
-        ValueError: anything that the user can mend: devices, data, another recipe's checkpoints, a directory in use.
+        ValueError: anything that the user can mend: devices, data, another recipe's checkpoints, a directory in use or not writable.
     """
     recipe = loaded.config
     directory = pathlib.Path(recipe.run_directory)
-    with run_lock.RunLock(directory), resilience.stop_on_signals(grace_seconds=recipe.train.grace_seconds) as stop:
+    with _locked(directory), resilience.stop_on_signals(grace_seconds=recipe.train.grace_seconds) as stop:
         parts = build.parts(recipe)
         with manager_lib.Manager(directory / "checkpoints", config=recipe.checkpoint) as saver:
             found = restore.describe(directory / "checkpoints", verify=recipe.checkpoint.verify) if saver.steps() else None
             metadata = {"recipe": dump.values(recipe), "data": parts.data.fingerprint, "seed": recipe.seed}
             if found is not None:
                 _check_same(found.metadata, metadata, directory)
+                if (summary := _nothing_to_do(recipe, directory, step=found.step)) is not None:
+                    return Outcome(summary, None)
             _write_recipe(directory, loaded)
             return _train(parts, directory, saver, found, metadata, stop=stop, program_started=program_started)
+
+
+def _locked(directory: pathlib.Path) -> run_lock.RunLock:
+    try:
+        return run_lock.RunLock(directory)
+    except OSError as e:
+        reason = os.strerror(e.errno) if e.errno else str(e)
+        raise ValueError(f"train.run_directory: {directory} cannot be written ({reason}); choose another directory") from None
+
+
+def _nothing_to_do(recipe: recipe_lib.Recipe, directory: pathlib.Path, *, step: int) -> dict[str, Any] | None:
+    """Says so, and gives the summary, if the run is finished with everything that belongs to it."""
+    remedy = "To train longer raise train.steps; to begin anew use another train.run_directory."
+    if step > recipe.train.steps:
+        raise ValueError(f"train.steps: {recipe.train.steps}, but {directory} has already done {step} steps. {remedy}")
+    summary = summary_lib.finished(directory, steps=recipe.train.steps) if step == recipe.train.steps else None
+    if summary is not None:
+        print(f"nothing to do: {directory} is finished.\n{summary_lib.closing(summary, directory)}\n{remedy}")
+    return summary
 
 
 def _train(
@@ -89,61 +111,57 @@ def _train(
     program_started: float,
 ) -> Outcome:
     recipe, start = parts.recipe, 0 if found is None else found.step
-    earlier = record.read(directory / "metrics.jsonl")
+    earlier = record.read(directory / METRICS)
     with _sinks(directory, recipe=recipe, start=start) as (sink, show):
         show.say(_headline(parts))
         program = build.compile_program(parts)
-        if found is None:
-            state = build.first_state(parts)
-        else:
-            state = restore.restore(directory / "checkpoints", template=parts.state, step=start, verify=False).state
-            show.say(f"resumed from step {start} in {directory / 'checkpoints'}")
-        first = _FirstStep(program_started)
-        measured = _metrics(parts, sink, show, seconds_before=_seconds_at(earlier, start))
-        saves = checkpoints.Checkpoints(saver, config=recipe.checkpoint, metadata=metadata, start=start)
-        evaluates = evaluation.Evaluation(parts, program, sink, done=measured.pause)
+        state = _state(parts, directory, found, show)
+        seconds_before = summary_lib.seconds_at(earlier, start)
+        measured = _metrics(parts, sink, show, seconds_before=seconds_before, skipped_before=int(state.skipped))
+        saves = checkpoints.Checkpoints(saver, config=recipe.checkpoint, metadata=metadata, start=start, end=recipe.train.steps)
+        first = first_step.FirstStep(program_started=program_started, start=start)
+        bad = quarantine.BadRecords(parts.data.quarantine, path=directory / "quarantine.jsonl")
+        # Saved first: an evaluation must not use up the time that a stopped run has left.
+        hooks = [saves, evaluation.Evaluation(parts, program, sink, done=measured.pause), first, measured, bad]
         measured.pause()
-        state, done = loop.run(parts, program, state, start=start, hooks=[evaluates, saves, first, measured], stop=stop)
+        state, done = loop.run(parts, program, state, start=start, hooks=hooks, stop=stop)
         saves.last(done, state)
+        records = record.read(directory / METRICS)
         summary = {
             "status": "finished" if done == recipe.train.steps else "stopped",
             "steps": done,
             "tokens": done * parts.data.tokens_per_step,
-            "seconds": round(_seconds_at(record.read(directory / "metrics.jsonl"), done), 3),
+            "seconds": round(summary_lib.seconds_at(records, done), 3),
             "first_step_seconds": first.seconds,
             "compile_seconds": round(program.compile_seconds, 3),
             "peak_memory_bytes": metrics.peak_memory_bytes(),
             "skipped_steps": int(state.skipped),
-            **_heldout(record.read(directory / "metrics.jsonl")),
+            "bad_records": bad.write(),
+            **summary_lib.heldout(records),
             **_parameters(parts),
             "checkpoint_error": saver.last_error,
         }
-        _write_atomically(directory / "summary.json", json.dumps(summary, indent=1) + "\n")
+        summary_lib.write(directory, summary)
         show.close()
-        show.say(_closing(summary, directory))
+        show.say(summary_lib.closing(summary, directory))
     return Outcome(summary, stop.signal)
 
 
-class _FirstStep:
-    """Measures the time from the program's start to the end of its first step."""
-
-    def __init__(self, program_started: float):
-        self._started = program_started
-        self.seconds: float | None = None
-
-    def before(self, step: int, state: state_lib.State) -> None:
-        if self.seconds is None and self._began:
-            jax.block_until_ready(state)
-            self.seconds = round(time.time() - self._started, 3)
-        self._began = True
-
-    _began = False
-
-    def after(self, step: int, report: object) -> None:
-        """Nothing."""
+def _state(parts: build.Parts, directory: pathlib.Path, found: restore.Description | None, show: progress.Progress) -> state_lib.State:
+    if found is None:
+        return build.first_state(parts)
+    where = directory / "checkpoints"
+    for step, damage in found.skipped:
+        show.say(f"the checkpoint of step {step} is damaged and not used: {damage}")
+    # Its digests were compared when it was found.
+    state = restore.restore(where, template=parts.state, step=found.step, verify=False).state
+    show.say(f"resumed from step {found.step} in {where}")
+    return state
 
 
-def _metrics(parts: build.Parts, sink: record.Sink, show: progress.Progress, *, seconds_before: float) -> metrics.Metrics:
+def _metrics(
+    parts: build.Parts, sink: record.Sink, show: progress.Progress, *, seconds_before: float, skipped_before: int
+) -> metrics.Metrics:
     recipe = parts.recipe
     peak = hardware.peak_flops(jax.devices()[0].device_kind)
     return metrics.Metrics(
@@ -156,13 +174,14 @@ def _metrics(parts: build.Parts, sink: record.Sink, show: progress.Progress, *, 
         peak_flops=None if peak is None else peak * parts.mesh.size,
         experts_every=recipe.train.experts_every,
         seconds_before=seconds_before,
+        skipped_before=skipped_before,
         on_skip=lambda step, norm: show.say(f"step {step}: the gradients are not finite (norm {norm}); the step changed nothing"),
     )
 
 
 @contextlib.contextmanager
 def _sinks(directory: pathlib.Path, *, recipe: recipe_lib.Recipe, start: int) -> Iterator[tuple[record.Sink, progress.Progress]]:
-    lines = record.JsonLines(directory / "metrics.jsonl")
+    lines = record.JsonLines(directory / METRICS)
     board = record.TensorBoard(directory / "tensorboard", start=start)
     show = progress.Progress(steps=recipe.train.steps, start=start, log_every=recipe.train.log_every)
     try:
@@ -186,24 +205,8 @@ def _check_same(saved: dict[str, Any], current: dict[str, Any], directory: pathl
 def _write_recipe(directory: pathlib.Path, loaded: load.Loaded[recipe_lib.Recipe]) -> None:
     overrides = "".join(f"# --set {text}\n" for text in loaded.overrides)
     header = f"# resolved recipe, sha256 {dump.digest(loaded.config)}\n{overrides}"
-    _write_atomically(directory / "recipe.yaml", header + dump.yaml_text(loaded.config))
-    _write_atomically(directory / "recipe.json", dump.canonical_json(loaded.config) + "\n")
-
-
-def _write_atomically(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _seconds_at(records: list[record.Record], step: int) -> float:
-    return max((r["seconds"] for r in records if r["kind"] == "train" and r["step"] <= step), default=0.0)
-
-
-def _heldout(records: list[record.Record]) -> dict[str, dict[str, float]]:
-    evaluations = [r for r in records if r["kind"] == "eval"]
-    losses = [{k.removeprefix("loss/"): v for k, v in r.items() if k.startswith("loss/")} for r in evaluations]
-    return {"heldout_first": losses[0], "heldout_last": losses[-1]} if losses else {"heldout_first": {}, "heldout_last": {}}
+    summary_lib.write_atomically(directory / "recipe.yaml", header + dump.yaml_text(loaded.config))
+    summary_lib.write_atomically(directory / "recipe.json", dump.canonical_json(loaded.config) + "\n")
 
 
 def _parameters(parts: build.Parts) -> dict[str, int]:
@@ -220,17 +223,3 @@ def _headline(parts: build.Parts) -> str:
         f"mesh {axes} on {parts.mesh.size} {'emulated ' if r.mesh.emulate_devices else ''}{kind} device(s); "
         f"{r.train.steps} steps of {parts.data.tokens_per_step:,} tokens; run directory {r.run_directory}"
     )
-
-
-def _closing(s: dict[str, Any], directory: pathlib.Path) -> str:
-    heldout = "; ".join(
-        f"{name} {first:.3f} -> {s['heldout_last'][name]:.3f}" for name, first in s["heldout_first"].items() if name in s["heldout_last"]
-    )
-    lines = [
-        f"{s['status']} after {s['steps']} steps, {s['tokens']:,} tokens, {progress.duration(s['seconds'])} of training"
-        + (f" (first step {s['first_step_seconds']:.1f}s after the start)" if s["first_step_seconds"] else ""),
-        f"held-out loss: {heldout}" if heldout else "",
-        f"peak memory {s['peak_memory_bytes'] / 2**30:.2f} GiB; results in {directory}; look at them: v4train report {directory}",
-        f"WARNING: the last checkpoint could not be saved: {s['checkpoint_error']}" if s["checkpoint_error"] else "",
-    ]
-    return "\n".join(line for line in lines if line)

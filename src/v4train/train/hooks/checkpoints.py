@@ -11,19 +11,21 @@ from v4train.train import step as step_lib
 class Checkpoints:
     """Saves when the schedule asks for it; `last` saves at the end."""
 
-    def __init__(self, saver: manager.Manager, *, config: config_lib.CheckpointConfig, metadata: dict[str, Any], start: int):
-        self._saver, self._config, self._metadata, self._start = saver, config, metadata, start
+    def __init__(self, saver: manager.Manager, *, config: config_lib.CheckpointConfig, metadata: dict[str, Any], start: int, end: int):
+        """``start`` is the step that this process began from, ``end`` the last of the run, which is always saved."""
+        self._saver, self._config, self._metadata = saver, config, metadata
+        self._start, self._end = start, end
 
     def before(self, step: int, state: state_lib.State) -> None:
         """Saves if it is time, and this process has made a step since the checkpoint it began from."""
-        if self._config.is_due(step) and step != self._start:
+        if (self._config.is_due(step) or step == self._end) and step != self._start:
             self._save(step, state)
 
     def after(self, step: int, report: step_lib.Report) -> None:
         """Nothing."""
 
     def last(self, step: int, state: state_lib.State) -> None:
-        """Saves the state at the end of a run, and waits until it is on disk."""
+        """Saves the state at the end of this process, unless it just was, and waits until it is on disk."""
         if step != self._start:
             self._save(step, state)
         self._saver.wait()

@@ -27,6 +27,7 @@ class Metrics:
         peak_flops: float | None,
         experts_every: int,
         seconds_before: float,
+        skipped_before: int,
         on_skip: Callable[[int, float], None],
     ):
         """Args:
@@ -39,6 +40,7 @@ class Metrics:
         peak_flops: of all devices together, per second; None if unknown, then there is no MFU.
         experts_every: steps between load records.
         seconds_before: training time of earlier processes of this run.
+        skipped_before: steps that they skipped.
         on_skip: told of each step whose gradients were not finite.
         """
         self._sink, self._sources, self._layers = sink, list(sources), list(layers)
@@ -48,7 +50,7 @@ class Metrics:
         self._started = time.perf_counter() - seconds_before
         self._last = time.perf_counter()
         self._load: np.ndarray | None = None
-        self._skipped = 0
+        self._skipped = skipped_before
 
     def before(self, step: int, state: state_lib.State) -> None:
         """Nothing: reports say it all."""
@@ -96,7 +98,7 @@ class Metrics:
 
 
 def relative_load(load: np.ndarray) -> dict[str, list[list[float]]]:
-    """Tokens ``[L, M, E]`` -> share of each expert relative to uniform, by modality and over all; modalities without tokens are left out."""
+    """Tokens ``[L, M, E]`` -> share of each expert relative to uniform, by modality and over all; absent modalities are left out."""
 
     def relative(counts: np.ndarray) -> list[list[float]]:
         mean = counts.mean(axis=-1, keepdims=True)

@@ -1,6 +1,7 @@
 """Where measurements go: one stream of records, several sinks.
 
-A record is a flat dict with a ``kind`` (train, eval, experts) and a ``step``. Values that are not finite are written as null: JSON has no NaN.
+A record is a flat dict with a ``kind`` (train, eval, experts) and a ``step``. Values that are not finite are written as null: JSON has no
+NaN.
 """
 
 import json
