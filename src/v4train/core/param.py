@@ -9,10 +9,10 @@ names and planner bytes.
 Layers that are scanned are *stacked*: `stack` maps every declaration of a module to one with a leading "layers" axis. (The rejected
 alternative, `nnx.vmap` over the constructor, adds the axis to the value but not to the metadata.)
 
-First values are drawn on the host, each device's shard by the host that holds it. Every matrix of a stack has a random stream of its own,
-named by the parameter's path and the matrix's place in the stack, so adding a parameter does not change the others, and values do not
-depend on the mesh. (The rejected alternative, one compiled program that draws everything on the devices, took a third of the compile time of a
-small model: a random generator per parameter.)
+First values are drawn on the host, each device's shard by the host that holds it. Every matrix of a stack has a random stream of
+its own, named by the parameter's path and the matrix's place in the stack, so adding a parameter does not change the others, and
+values do not depend on the mesh. (The rejected alternative, one compiled program that draws everything on the devices, took a third
+of the compile time of a small model: a random generator per parameter.)
 """
 
 import dataclasses

@@ -24,7 +24,8 @@ def merge(first: dict, second: dict) -> dict:
     union: dict[str, Any] = {}
     for name in sorted({*first, *second}):
         if name in first and name in second:
-            assert isinstance(first[name], dict) and isinstance(second[name], dict), f"both parts have {name}"
+            assert isinstance(first[name], dict), f"both parts have {name}"
+            assert isinstance(second[name], dict), f"both parts have {name}"
             union[name] = merge(first[name], second[name])
         else:
             union[name] = first[name] if name in first else second[name]

@@ -1,9 +1,9 @@
 """Text tokens, image patches and audio frames become one sequence, without any pretrained encoder.
 
-Placeholder tokens mark the slots of media; the data says which patch or frame each slot holds. An image patch is normalised, goes through a small
-MLP, gets a position from two tables (column, row) and is normalised again. An audio frame is 80 log-mel bins of 16 levels (dMel): the sum of one
-embedding row per bin, normalised. The weights of the last norms start at the text embedding's scale, so no modality is louder at first.
-Patches arrive as uint8 and are converted here, on the device.
+Placeholder tokens mark the slots of media; the data says which patch or frame each slot holds. An image patch is normalised, goes
+through a small MLP, gets a position from two tables (column, row) and is normalised again. An audio frame is 80 log-mel bins of 16
+levels (dMel): the sum of one embedding row per bin, normalised. The weights of the last norms start at the text embedding's scale,
+so no modality is louder at first. Patches arrive as uint8 and are converted here, on the device.
 """
 
 import jax

@@ -1,11 +1,11 @@
 """Manifold-constrained hyper-connections (mHC): several residual streams, mixed by a doubly stochastic matrix (V4 report 2.2).
 
-Around a sublayer: its input is a gated sum of the streams; its output is written back to each stream with a gate, and the streams are mixed by
-``comb``. The write-back is ``new_k = post_k * out + sum_j comb[j, k] * stream_j``: the transpose of comb is applied. comb is not symmetric, and
-a model with the wrong direction trains nearly as well, so a test holds it.
+Around a sublayer: its input is a gated sum of the streams; its output is written back to each stream with a gate, and the streams
+are mixed by ``comb``. The write-back is ``new_k = post_k * out + sum_j comb[j, k] * stream_j``: the transpose of comb is applied.
+comb is not symmetric, and a model with the wrong direction trains nearly as well, so a test holds it.
 
-All coefficients are fp32. They come from the RMS-normalised concatenation of the streams (no learned weight); the norm is a scalar per token, so it is
-applied after the product with `fn`.
+All coefficients are fp32. They come from the RMS-normalised concatenation of the streams (no learned weight); the norm is a scalar
+per token, so it is applied after the product with `fn`.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Experts: many routed ones, of which a token uses a few, and a shared one that every token uses.
 
-An expert is a SwiGLU whose gate is clamped from above and whose up-projection from both sides, on every path, also the shared one. Routed experts are
-split over devices; tokens travel (`ops.expert_exchange`), nothing is dropped.
+An expert is a SwiGLU whose gate is clamped from above and whose up-projection from both sides, on every path, also the shared one.
+Routed experts are split over devices; tokens travel (`ops.expert_exchange`), nothing is dropped.
 """
 
 import jax

@@ -1,8 +1,8 @@
 """Multi-token prediction of depth 1 (V4 report, after V3): from the streams at t and the embedding of token t + 1, predict token t + 2.
 
-Each stream gets the projected embedding of the next token added to its own projection; one window-attention block with experts follows; its own
-collapse and norm lead to the shared output head. At the end of a document there is no next token: the embedding is zero there, never the
-first of the next document.
+Each stream gets the projected embedding of the next token added to its own projection; one window-attention block with experts
+follows; its own collapse and norm lead to the shared output head. At the end of a document there is no next token: the embedding is
+zero there, never the first of the next document.
 """
 
 import jax.numpy as jnp

@@ -1,15 +1,16 @@
 """Which experts a token goes to, and how their load is balanced (V4 report 2.1; per-modality bias as V4.1's `bias_vl`).
 
-Affinity is ``sqrt(softplus(logit))`` in fp32. Selection ranks affinity *plus* a bias; the mixing weights are the *unbiased* affinities of the chosen
-experts, normalised to sum 1, times a constant. The bias has a row per modality (an image's patches and a text's words load experts
-differently) and no gradient: after a step it moves by a fixed speed towards balance (`update_bias`).
+Affinity is ``sqrt(softplus(logit))`` in fp32. Selection ranks affinity *plus* a bias; the mixing weights are the *unbiased*
+affinities of the chosen experts, normalised to sum 1, times a constant. The bias has a row per modality (an image's patches and a
+text's words load experts differently) and no gradient: after a step it moves by a fixed speed towards balance (`update_bias`).
 
-The first layers are hash-routed: a fixed table gives the experts of a text token by its id, the gate still weighs them. All slots of an image
-carry the same placeholder id and would land on the same experts, so media tokens use the learned gate there too. The table is balanced by the
-token frequencies of the training data (`balanced_table`); a table of zeros, or one that ignores frequencies, floods a few experts.
+The first layers are hash-routed: a fixed table gives the experts of a text token by its id, the gate still weighs them. All slots
+of an image carry the same placeholder id and would land on the same experts, so media tokens use the learned gate there too. The
+table is balanced by the token frequencies of the training data (`balanced_table`); a table of zeros, or one that ignores
+frequencies, floods a few experts.
 
-The balance loss is sequence-wise: per document ``E / (k T^2) sum_i (tokens that chose i) (sum of normalised affinity i)``, 1 when balanced and E / k
-when collapsed; weighted by document length.
+The balance loss is sequence-wise: per document ``E / (k T^2) sum_i (tokens that chose i) (sum of normalised affinity i)``, 1 when
+balanced and E / k when collapsed; weighted by document length.
 """
 
 import heapq
@@ -85,7 +86,8 @@ def update_bias(bias: Float[Array, "... m e"], load: Float[Array, "... m e"], *,
 def balanced_table(counts: np.ndarray, *, experts: int, top_k: int, seed: int) -> np.ndarray:
     """The hash table of one layer: i32 ``[vocab, top_k]``, distinct experts per token, load balanced by frequency.
 
-    Greedy: tokens from most to least frequent take the ``top_k`` least loaded experts. Ties are broken at random, by ``seed``, so that layers differ.
+    Greedy: tokens from most to least frequent take the ``top_k`` least loaded experts. Ties are broken at random, by ``seed``, so
+    that layers differ.
 
     Args:
         counts: occurrences of each token id in the training data, ``[vocab]``; ids that never occur count a little.

@@ -1,8 +1,9 @@
 """The layers: the only file that knows scan and remat.
 
-Equal layers are compiled once. The sequence of layers is factored into runs ``pattern x repeat`` with as few distinct bodies as possible; V4-Flash (2
-window, then CSA and HCA in turn, the first 3 hash-routed) becomes ``[window#] x 2, [csa#] x 1, [hca csa] x 20``. Parameters of a run are
-stacked along a leading "layers" axis and scanned. So a 61-layer model compiles in about the time of a 4-layer one.
+Equal layers are compiled once. The sequence of layers is factored into runs ``pattern x repeat`` with as few distinct bodies as
+possible; V4-Flash (2 window, then CSA and HCA in turn, the first 3 hash-routed) becomes ``[window#] x 2, [csa#] x 1, [hca csa] x
+20``. Parameters of a run are stacked along a leading "layers" axis and scanned. So a 61-layer model compiles in about the time of a
+4-layer one.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Gathers whose gradient is not a scatter while the table is small.
 
-The transpose of a gather is a scatter-add. XLA:CPU runs one as a loop over single rows, GPUs with atomics in no fixed order. While the table has few rows
-(compressed entries of a short row, experts of a layer), a comparison with every row is one fused product, faster and deterministic; above
-`LARGEST_TABLE` rows it would cost more than it saves, and the scatter is used.
+The transpose of a gather is a scatter-add. XLA:CPU runs one as a loop over single rows, GPUs with atomics in no fixed order. While
+the table has few rows (compressed entries of a short row, experts of a layer), a comparison with every row is one fused product,
+faster and deterministic; above `LARGEST_TABLE` rows it would cost more than it saves, and the scatter is used.
 """
 
 import functools

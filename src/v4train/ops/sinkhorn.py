@@ -8,9 +8,9 @@ from jaxtyping import Array, Float
 def doubly_stochastic(logits: Float[Array, "n n ..."], *, iterations: int, eps: float) -> Float[Array, "n n ..."]:
     """Row softmax plus ``eps``, one column normalisation, then ``iterations - 1`` times rows and columns.
 
-    Rows and columns are the *first* two axes: sums over n = 4 neighbours in memory would waste the vector units, sums of n arrays over all tokens
-    fill them. Every division adds ``eps``. The last step normalises columns, so column sums are 1 up to eps and row sums only nearly. fp32. The
-    loop is a scan: unrolled, its 40 divisions a site would dominate the size of the compiled program.
+    Rows and columns are the *first* two axes: sums over n = 4 neighbours in memory would waste the vector units, sums of n arrays
+    over all tokens fill them. Every division adds ``eps``. The last step normalises columns, so column sums are 1 up to eps and row
+    sums only nearly. fp32. The loop is a scan: unrolled, its 40 divisions a site would dominate the size of the compiled program.
     """
 
     def normalise(x: Array, axis: int) -> Array:

@@ -176,5 +176,6 @@ def _check_tokenizer(recipe: recipe_lib.Recipe, data: pipeline.Pipeline) -> None
     uses_media = recipe.data.max_patches or recipe.data.max_audio_frames
     if uses_media and not media <= set(model.media_tokens):
         raise ValueError(
-            f"model.media_tokens {list(model.media_tokens)} must contain the tokenizer's media ids {sorted(media)}, which are never predicted"
+            f"model.media_tokens {list(model.media_tokens)} must contain the tokenizer's media ids {sorted(media)}: "
+            "they mark slots and are never predicted"
         )

@@ -1,8 +1,8 @@
 """Queries, the shared key/value head and the grouped output: common to all attention kinds (V4 report 2.3).
 
-The low-rank query latent is also what the indexer reads. Queries get an RMSNorm per head without a weight, after the up-projection; the key/value
-head gets one with a weight. Heads are projected out in groups: each group has its own matrix to a low rank, then one matrix takes all
-groups to the hidden width.
+The low-rank query latent is also what the indexer reads. Queries get an RMSNorm per head without a weight, after the up-projection;
+the key/value head gets one with a weight. Heads are projected out in groups: each group has its own matrix to a low rank, then one
+matrix takes all groups to the hidden width.
 """
 
 from typing import NamedTuple
