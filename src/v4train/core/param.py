@@ -21,7 +21,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from flax import nnx
 from v4train.core import axes as axes_lib
 
 Group = Literal["muon", "adamw", "buffer"]
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 class Initialiser(Protocol):
@@ -132,7 +133,7 @@ def declarations(module: nnx.Module) -> dict:
     return nnx.to_pure_dict(jax.tree.map(lambda v: v.get_metadata()["declaration"], state, is_leaf=lambda v: isinstance(v, nnx.Variable)))
 
 
-def bind(module: nnx.Module, params: dict) -> nnx.Module:
+def bind(module: Module, params: dict) -> Module:
     """A copy of an abstract module that holds the given arrays. Cheap: it is called inside every trace."""
     graph, state = nnx.split(module, nnx.Param)[:2]
     leaves = jax.tree.leaves(params)
@@ -140,17 +141,17 @@ def bind(module: nnx.Module, params: dict) -> nnx.Module:
     return nnx.merge(graph, jax.tree.unflatten(structure, [v.replace(leaf) for v, leaf in zip(variables, leaves, strict=True)]))
 
 
-def tag(module: nnx.Module, *names: str) -> nnx.Module:
+def tag(module: Module, *names: str) -> Module:
     """Adds tags to every declaration of a module, in place, and returns it."""
     return _redeclare(module, lambda d: dataclasses.replace(d, tags=d.tags | set(names)))
 
 
-def stack(module: nnx.Module, count: int) -> nnx.Module:
+def stack(module: Module, count: int) -> Module:
     """Turns a module's parameters into those of ``count`` such modules, in place, and returns it."""
     return _redeclare(module, lambda d: d.stacked(count))
 
 
-def _redeclare(module: nnx.Module, change: Callable[[Declaration], Declaration]) -> nnx.Module:
+def _redeclare(module: Module, change: Callable[[Declaration], Declaration]) -> Module:
     graph, state = nnx.split(module)
     state = jax.tree.map(lambda v: _abstract(change(v.get_metadata()["declaration"])), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
     return nnx.merge(graph, state)
@@ -193,7 +194,8 @@ def initialise(tree: dict, seed: int, *, shardings: dict | None = None) -> dict:
             rng = np.random.Generator(np.random.Philox(key=fold(seed, f"{path_name(path)}/{place}")))
             return d.init(rng, d.shape[len(lead) :]).astype(d.dtype)
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             places = [range(size)[part] for size, part in zip(lead, index[: len(lead)], strict=True)]
             drawn = np.stack([matrix(*place)[index[len(lead) :]] for place in itertools.product(*places)])
             return drawn.reshape(*(len(place) for place in places), *drawn.shape[1:])

@@ -62,8 +62,11 @@ class Embedding(nnx.Module):
     def __call__(self, inputs: context_lib.Inputs) -> Float[Array, "b s d"]:
         x = self.table[...].at[inputs.tokens].get(mode="promise_in_bounds")
         if self.image is not None and inputs.patches is not None:
+            assert inputs.patch_xy is not None
+            assert inputs.patch_slot is not None
             x = _fill(x, self.image(inputs.patches, inputs.patch_xy), inputs.patch_slot)
         if self.audio is not None and inputs.audio is not None:
+            assert inputs.audio_slot is not None
             x = _fill(x, self.audio(inputs.audio), inputs.audio_slot)
         return x
 

@@ -95,11 +95,11 @@ def balanced_table(counts: np.ndarray, *, experts: int, top_k: int, seed: int) -
     rng = np.random.default_rng(seed)
     weights = np.asarray(counts, np.float64) + max(float(np.sum(counts)), 1.0) * 1e-6 / len(counts)
     table = np.zeros((len(counts), top_k), np.int32)
-    heap = [(0.0, float(tie), expert) for expert, tie in enumerate(rng.permutation(experts))]
+    heap: list[tuple[float, float, int]] = [(0.0, float(tie), int(expert)) for expert, tie in enumerate(rng.permutation(experts))]
     heapq.heapify(heap)
     for token in np.argsort(-weights, kind="stable"):
         taken = [heapq.heappop(heap) for _ in range(top_k)]
         table[token] = [expert for _, _, expert in taken]
         for load, _, expert in taken:
-            heapq.heappush(heap, (load + weights[token], float(rng.random()), expert))
+            heapq.heappush(heap, (load + float(weights[token]), float(rng.random()), expert))
     return table

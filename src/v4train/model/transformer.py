@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from v4train.core import param
 from v4train.model import config as config_lib
@@ -64,20 +64,20 @@ class Transformer(nnx.Module):
         return Outputs(
             hidden=constrain.constrain(hidden, "B S D"),
             mtp_hidden=mtp_hidden,
-            balance_loss=sum(layer.balance_loss.sum() for layer in layers),
-            indexer_loss=sum(layer.indexer_loss.sum() for layer in layers),
+            balance_loss=jnp.stack([layer.balance_loss.sum() for layer in layers]).sum(),
+            indexer_loss=jnp.stack([layer.indexer_loss.sum() for layer in layers]).sum(),
             loads=loads,
         )
 
     def _head(self) -> Float[Array, "d v"]:
         return constrain.unshard(self.head[...], self.head.get_metadata()["declaration"].axes)
 
-    def _allowed(self) -> np.ndarray | None:
+    def _allowed(self) -> Bool[Array, "v"] | None:
         if not self.config.media_tokens:
             return None
         allowed = np.ones(self.config.vocab_size, bool)
         allowed[list(self.config.media_tokens)] = False
-        return allowed
+        return jnp.asarray(allowed)
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
         """fp32 logits; media placeholders get the lowest finite value."""

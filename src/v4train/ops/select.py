@@ -4,6 +4,8 @@ A platform's entry is the fastest implementation that runs there, never a fallba
 one file in `ops/kernels/` and one row here; the parity tests run over all rows that the present platform can run.
 """
 
+from typing import Any
+
 import jax
 
 TABLE: dict[str, dict[str, str]] = {
@@ -13,7 +15,7 @@ TABLE: dict[str, dict[str, str]] = {
 }
 
 
-def implementation(op: str, *, platform: str | None = None) -> str:
+def implementation(op: str, *, platform: str | None = None) -> Any:
     """The name to pass as an op's ``implementation`` (or ``transport``).
 
     Args:

@@ -183,7 +183,7 @@ def _attend_chunk(
     share = far_mass / total[..., None]
     out = _mix(near_mass / total[..., None], chunk.keys, jnp.float32, "bchw,bwk->bchk")
     out = out + _mix(share, values, jnp.float32, f"bchn,{each}->bchk")
-    loss = none if selection is None or not selection.teach else _indexer_loss(share, scores, seen)
+    loss = none if scores is None or selection is None or not selection.teach else _indexer_loss(share, scores, seen)
     return Attended(out.astype(query.dtype), loss)
 
 
@@ -201,8 +201,10 @@ def _visible(chunk: _Chunk, entries: Entries) -> Array:
     )
 
 
-def _index_scores(chunk: _Chunk, index_key: Array) -> Array:
+def _index_scores(chunk: _Chunk, index_key: Array | None) -> Array:
     """[B, C, N] fp32. The ReLU comes before the weights: without it half of the selection changes."""
+    assert index_key is not None, "a selection needs an index"
+    assert chunk.index_weight is not None
     products = jnp.einsum("bcij,bnj->bcin", chunk.index_query, index_key, preferred_element_type=jnp.float32)
     return jnp.einsum("bci,bcin->bcn", chunk.index_weight.astype(jnp.float32), jax.nn.relu(products))
 

@@ -5,6 +5,7 @@ import contextvars
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ SMALLEST_SPREAD = 2**24
 """Elements of all Muon matrices below which every device orthogonalises them itself: moving them would take longer."""
 
 
-COMPILER_OPTIONS: dict[str, dict[str, bool | int]] = {
+COMPILER_OPTIONS: dict[str, Any] = {
     # On a CPU the program is small and compiled anew for each recipe: half the compile time is worth a few percent of speed.
     "cpu": {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False},
 }

@@ -39,7 +39,7 @@ class Terms(NamedTuple):
 def targets(batch: batch_lib.Batch, *, ahead: int) -> tuple[Array, Array]:
     """Target ids ``[B, S]`` and their weights: the token ``ahead`` of each position, if it is of the same document and counts."""
 
-    def shift(x: Array) -> Array:
+    def shift(x: batch_lib.Array) -> Array:
         return jnp.pad(x[:, ahead:], ((0, 0), (0, ahead)))
 
     same = (shift(batch.segment_ids) == batch.segment_ids) & (batch.segment_ids > 0)
@@ -54,15 +54,17 @@ def count(batch: batch_lib.Batch) -> Counts:
 
 def model_inputs(batch: batch_lib.Batch, *, config: model_config.ModelConfig) -> context.Inputs:
     """The batch as the model reads it; media that the model has no stem for are left out."""
-    image = {} if config.image is None else {"patches": batch.patches, "patch_slot": batch.patch_slot, "patch_xy": batch.patch_xy}
-    audio = {} if config.audio is None else {"audio": batch.audio, "audio_slot": batch.audio_slot}
+    media: dict[str, Array] = {}
+    if config.image is not None:
+        media |= {name: jnp.asarray(getattr(batch, name)) for name in ("patches", "patch_slot", "patch_xy")}
+    if config.audio is not None:
+        media |= {name: jnp.asarray(getattr(batch, name)) for name in ("audio", "audio_slot")}
     return context.Inputs(
-        tokens=batch.tokens,
-        segment_ids=batch.segment_ids,
-        positions=batch.positions,
-        modality=batch.modality.astype(jnp.int32),
-        **image,
-        **audio,
+        tokens=jnp.asarray(batch.tokens),
+        segment_ids=jnp.asarray(batch.segment_ids),
+        positions=jnp.asarray(batch.positions),
+        modality=jnp.asarray(batch.modality, jnp.int32),
+        **media,
     )
 
 

@@ -27,7 +27,7 @@ def declared(declarations: dict, *, optimizer: optax.GradientTransformation) -> 
     structs = param.map_declarations(lambda _, d: d.struct, declarations)
     params = tree.select(structs, declarations=declarations, keep=lambda d: d.trained)
     buffers = tree.select(structs, declarations=declarations, keep=lambda d: not d.trained)
-    scalar = jax.ShapeDtypeStruct((), "int32")
+    scalar: Any = jax.ShapeDtypeStruct((), "int32")
     return State(scalar, params, buffers, jax.eval_shape(optimizer.init, params), scalar)
 
 
