@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from v4train.core import tree
 from v4train.data import batch as batch_lib
+from v4train.model import config as model_config
 from v4train.model import stack, transformer
 from v4train.numerics import config as numerics_config
 from v4train.numerics import policy
@@ -26,7 +27,7 @@ class Report(NamedTuple):
     text: Float[Array, "sources"]  # next-token cross-entropy by data source
     text_weight: Float[Array, "sources"]  # targets by data source
     mtp: Float[Array, ""]
-    balance: Float[Array, ""]  # mean over layers; 1 is balanced
+    balance: Float[Array, ""]  # mean over layers with learned routing; 1 is balanced
     indexer: Float[Array, ""]
     grad_norm: Float[Array, ""]  # before clipping
     finite: Bool[Array, ""]  # False: the step changed nothing but the data position
@@ -70,7 +71,7 @@ class Step:
         kept = (state.params, state.buffers, state.optimizer)
         params, buffers, optimizer = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
         new = state_lib.State(state.step + 1, params, buffers, optimizer, state.skipped + (1 - finite.astype(jnp.int32)))
-        return new, _report(loss, sums, counts, norm=norm, finite=finite)
+        return new, _report(loss, sums, counts, norm=norm, finite=finite, config=self.model.config)
 
     def _gradients(self, state: state_lib.State, batch: batch_lib.Batch, counts: loss_lib.Counts) -> tuple[Array, loss_lib.Terms, dict]:
         """Loss, sums and gradients over all microbatches."""
@@ -113,16 +114,19 @@ class Evaluate:
         return sums.text, sums.text_weight
 
 
-def _report(loss: Array, sums: loss_lib.Terms, counts: loss_lib.Counts, *, norm: Array, finite: Array) -> Report:
+def _report(
+    loss: Array, sums: loss_lib.Terms, counts: loss_lib.Counts, *, norm: Array, finite: Array, config: model_config.ModelConfig
+) -> Report:
     load = stack.in_layer_order(sums.loads["stack"])
     if "mtp" in sums.loads:
         load = jnp.concatenate([load, sums.loads["mtp"][None]])
+    learned = config.depth - config.moe.hash_layers + (config.mtp is not None)
     return Report(
         loss=loss,
         text=sums.text / jnp.maximum(sums.text_weight, 1.0),
         text_weight=sums.text_weight,
         mtp=sums.mtp / counts.mtp,
-        balance=sums.balance / counts.tokens,
+        balance=sums.balance / counts.tokens / max(learned, 1),
         indexer=sums.indexer / counts.tokens,
         grad_norm=norm,
         finite=finite,

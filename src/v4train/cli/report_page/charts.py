@@ -18,7 +18,7 @@ TERMS = {
     "loss": ("Total training loss", NATS),
     "loss/mtp": ("Multi-token prediction", NATS),
     "loss/indexer": ("Indexer alignment", NATS),
-    "loss/balance": ("Balance loss", "sum over learned routers, uniform: 1 each"),
+    "loss/balance": ("Balance loss", "mean over learned routers, 1 = uniform"),
 }
 
 
