@@ -24,15 +24,16 @@ from v4train.train import loss as loss_lib
 from v4train.train import state as state_lib
 from v4train.train import step as step_lib
 
+# On a CPU the program is small and compiled anew for each recipe: half the compile time is worth a few percent of speed.
+_CPU_OPTIONS = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
+if jax.__version_info__ < (0, 12):
+    _CPU_OPTIONS["xla_cpu_use_fusion_emitters"] = False  # newer compilers no longer have the choice
+COMPILER_OPTIONS: dict[str, Any] = {"cpu": _CPU_OPTIONS}
+"""What XLA is told, by platform."""
+
+
 SMALLEST_SPREAD = 2**24
 """Elements of all Muon matrices below which every device orthogonalises them itself: moving them would take longer."""
-
-
-COMPILER_OPTIONS: dict[str, Any] = {
-    # On a CPU the program is small and compiled anew for each recipe: half the compile time is worth a few percent of speed.
-    "cpu": {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False},
-}
-"""What XLA is told, by platform."""
 
 
 @dataclasses.dataclass(frozen=True)
