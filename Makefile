@@ -3,6 +3,8 @@
 PYTHON ?=
 PYENV_ROOT ?= $(HOME)/.pyenv
 TEST_ARGS ?=
+# Two processes, each with whole files, so that programs compiled for a file are shared.
+PYTEST = -m pytest -n 2 --dist loadfile $(TEST_ARGS)
 LATEST := 3.14 3.13 3.12
 
 # pip stays quiet about everything but errors and its own progress.
@@ -47,7 +49,7 @@ tiny: $(STAMP)
 	.venv/bin/python -m v4train.train --config configs/tiny.yaml
 
 test: $(STAMP)
-	.venv/bin/python -m pytest $(TEST_ARGS)
+	.venv/bin/python $(PYTEST)
 
 check: $(STAMP)
 	.venv/bin/ruff check .
@@ -67,7 +69,7 @@ $(STAMP_LATEST): pyproject.toml constraints.txt
 	@touch $@
 
 test-latest: $(STAMP_LATEST)
-	.venv-latest/bin/python -m pytest $(TEST_ARGS)
+	.venv-latest/bin/python $(PYTEST)
 
 clean:
 	rm -rf .venv .venv-latest .jax_cache .pytest_cache .ruff_cache build dist src/*.egg-info
