@@ -20,7 +20,16 @@ def stores(directory: pathlib.Path) -> pathlib.Path:
 
 def values(data: pathlib.Path, run: pathlib.Path, **changes: Any) -> dict[str, Any]:
     """The recipe as nested dicts; changes as ``train={"steps": 3}``, merged one level deep."""
-    attention = {"heads": 4, "head_dim": 16, "rope_dim": 8, "query_rank": 16, "output_groups": 2, "output_rank": 16, "window": 16, "chunk": 32}
+    attention = {
+        "heads": 4,
+        "head_dim": 16,
+        "rope_dim": 8,
+        "query_rank": 16,
+        "output_groups": 2,
+        "output_rank": 16,
+        "window": 16,
+        "chunk": 32,
+    }
     base: dict[str, Any] = {
         "name": "tiny",
         "numerics": {"compute": "float32"},
@@ -33,7 +42,7 @@ def values(data: pathlib.Path, run: pathlib.Path, **changes: Any) -> dict[str, A
                 {"kind": "hca", "ratio": 8},
             ],
             "layers": [{"pattern": ["hca", "csa"]}],
-            "attention": attention,
+            "attention": attention | {"window": 16, "chunk": 32},
             "hyper": {"streams": 2, "iterations": 5},
             "moe": {"experts": 8, "top_k": 2, "ffn": 16, "hash_layers": 1, "bias_speed": 0.01},
             "image": {"patch": PATCH, "grid": 8},

@@ -195,7 +195,9 @@ def _sinks(directory: pathlib.Path, *, recipe: recipe_lib.Recipe, start: int) ->
 def _check_same(saved: dict[str, Any], current: dict[str, Any], directory: pathlib.Path) -> None:
     remedy = f"Continue with the settings of {directory / 'recipe.yaml'}, or train in another directory (train.run_directory)."
     try:
-        restore.check_recipe(saved["recipe"], current["recipe"], ignore=MAY_CHANGE)
+        # Stores may move: whether they are the same is for their fingerprint to say.
+        moved = tuple(f"data.sources.{i}.path" for i in range(len(current["recipe"]["data"]["sources"])))
+        restore.check_recipe(saved["recipe"], current["recipe"], ignore=(*MAY_CHANGE, *moved))
     except ValueError as e:
         raise ValueError(f"{directory} holds checkpoints of another recipe: {e}\n{remedy}") from None
     if saved["data"] != current["data"]:

@@ -1,0 +1,390 @@
+"""A run in this process: the order of the loop's acts, what the hooks write, and the answer to a second call."""
+
+import dataclasses
+import io
+import json
+import re
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train import tiny
+from v4train import recipe as recipe_lib
+from v4train.train import build, loop, resilience
+from v4train.train import run as run_lib
+from v4train.train import summary as summary_lib
+from v4train.train.hooks import metrics, progress, quarantine, record
+
+
+def train(data, directory, *overrides):
+    """Trains the tiny recipe in this process."""
+    path = tiny.write(directory.with_suffix(".yaml"), data, directory)
+    return run_lib.run(recipe_lib.resolve(str(path), overrides=overrides), program_started=time.time())
+
+
+@dataclasses.dataclass
+class Finished:
+    directory: object
+    outcome: run_lib.Outcome
+    out: str
+    records: list
+
+    def of_kind(self, kind):
+        return [r for r in self.records if r["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """Compiled once for all runs of this module: they differ in nothing that is compiled."""
+    compiled = []
+
+    def compile_once(parts, original=build.compile_program):
+        if not compiled:
+            compiled.append(original(parts))
+        return compiled[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "compile_program", compile_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory, programs):
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        out = io.StringIO()
+        patch.setattr("sys.stdout", out)
+        outcome = train(data, directory)
+    return Finished(directory, outcome, out.getvalue(), record.read(directory / "metrics.jsonl"))
+
+
+def test_the_order_of_acts():
+    acts = []
+
+    class Watch:
+        def __init__(self, name):
+            self.name = name
+
+        def before(self, step, state):
+            acts.append(f"{self.name} before {step} {state}")
+
+        def after(self, step, report):
+            acts.append(f"{self.name} after {step} {report}")
+
+    def step(state, batch):
+        acts.append(f"step {state} {batch}")
+        return state + 1, np.asarray(state)
+
+    parts = types.SimpleNamespace(
+        recipe=types.SimpleNamespace(train=types.SimpleNamespace(steps=5)),
+        data=types.SimpleNamespace(iterate=lambda start: iter(f"b{i}" for i in range(start, 99))),
+        place=lambda batch: batch,
+    )
+    program = types.SimpleNamespace(step=step)
+    assert loop.run(parts, program, 3, start=3, hooks=[Watch("x"), Watch("y")], stop=lambda: False) == (5, 5)
+    assert acts == [
+        *("x before 3 3", "y before 3 3", "step 3 b3"),
+        *("x before 4 4", "y before 4 4", "step 4 b4"),
+        *("x after 4 3", "y after 4 3"),  # the previous report, while the devices are at the next step
+        *("x after 5 4", "y after 5 4"),
+        *("x before 5 5", "y before 5 5"),
+    ]
+    acts.clear()
+    stops = iter([False, True])
+    assert loop.run(parts, program, 3, start=3, hooks=[Watch("x")], stop=lambda: next(stops)) == (4, 4)
+    assert acts == ["x before 3 3", "step 3 b3", "x after 4 3"]  # the next process evaluates where this one stopped
+    acts.clear()
+    assert loop.run(parts, program, 3, start=3, hooks=[Watch("x")], stop=lambda: True) == (3, 3)
+    assert acts == []
+
+
+def test_evaluations_at_the_start_every_and_at_the_end(finished):
+    evals = finished.of_kind("eval")
+    assert [r["step"] for r in evals] == [0, 3, 6]
+    assert all({"loss/text", "loss/media"} < set(r) and r["tokens"] == 512 * r["step"] for r in evals)
+    assert evals[-1]["loss/text"] < evals[0]["loss/text"]
+
+
+def test_train_records(finished):
+    lines = finished.of_kind("train")
+    assert [r["step"] for r in lines] == [1, 2, 3, 4, 5, 6]
+    wanted = {"loss", "loss/text", "loss/media", "loss/mtp", "loss/indexer", "loss/balance", "learning_rate", "grad_norm"}
+    assert all(wanted | {"tokens", "seconds", "tokens_per_second", "step_seconds", "mfu", "skipped"} < set(r) for r in lines)
+    # Warm-up of 2, then flat, cosine over the last 2.
+    np.testing.assert_allclose([r["learning_rate"] for r in lines], [1.5e-3, 3e-3, 3e-3, 3e-3, 1.65e-3, 3e-4], rtol=1e-5)
+    seconds = [r["seconds"] for r in lines]
+    assert seconds == sorted(seconds)
+    assert all(r["tokens_per_second"] == pytest.approx(512 / r["step_seconds"]) for r in lines)
+    assert {r["skipped"] for r in lines} == {0}
+
+
+def test_experts_records(finished):
+    lines = finished.of_kind("experts")
+    assert [r["step"] for r in lines] == [2, 4, 6]
+    assert lines[0]["layers"] == ["0 hca hash", "1 csa", "mtp"]
+    assert set(lines[0]["load"]) == {"all", "text", "image", "audio"}
+    for load in lines[0]["load"].values():
+        np.testing.assert_allclose(np.mean(load, axis=1), 1, atol=1e-3)
+        assert np.shape(load) == (3, 8)
+
+
+def test_relative_load_is_a_multiple_of_the_uniform_share():
+    load = np.zeros((2, 3, 4))
+    load[0, 0], load[0, 2], load[1, 0] = [2, 4, 6, 8], [0, 0, 0, 12], [5, 5, 5, 5]
+    assert metrics.relative_load(load) == {
+        "all": [[0.25, 0.5, 0.75, 2.5], [1, 1, 1, 1]],
+        "text": [[0.4, 0.8, 1.2, 1.6], [1, 1, 1, 1]],
+        "audio": [[0, 0, 0, 4], [0, 0, 0, 0]],
+    }
+
+
+def test_tensorboard_has_the_scalars(finished):
+    files = list((finished.directory / "tensorboard").glob("events.*"))
+    assert len(files) == 1
+    content = files[0].read_bytes()
+    assert all(tag in content for tag in (b"train/loss/text", b"train/grad_norm", b"eval/loss/media", b"train/learning_rate"))
+
+
+def test_the_summary(finished):
+    summary = json.loads((finished.directory / "summary.json").read_text())
+    assert summary == finished.outcome.summary
+    assert finished.outcome.signal is None
+    evals = finished.of_kind("eval")
+    for name, r in (("heldout_first", evals[0]), ("heldout_last", evals[-1])):
+        assert summary[name] == {"text": r["loss/text"], "media": r["loss/media"]}
+    plain = {k: summary[k] for k in ("status", "steps", "tokens", "skipped_steps", "bad_records", "checkpoint_error")}
+    assert plain == {"status": "finished", "steps": 6, "tokens": 3072, "skipped_steps": 0, "bad_records": 0, "checkpoint_error": None}
+    assert summary["seconds"] == pytest.approx(finished.of_kind("train")[-1]["seconds"], abs=1e-3)
+    assert 0 < summary["first_step_seconds"] < 600
+    assert summary["peak_memory_bytes"] > 2**26
+    assert summary["parameters_total"] > summary["parameters_active"] > 10_000
+
+
+def test_what_a_person_sees_in_a_pipe(finished):
+    lines = finished.out.splitlines()
+    assert lines[0].startswith("tiny: ")
+    assert "2 layers; mesh one device on 1 cpu device(s); 6 steps of 512 tokens; run directory" in lines[0]
+    shape = r"step +(\d+)/6  loss \d\.\d{3}  [\d,]+ tok/s(  \w+ left)?  grad norm \d+\.\d\d  lr \d\.\d\de-0\d"
+    assert [int(m[1]) for line in lines if (m := re.fullmatch(shape, line))] == [1, 2, 4, 6]
+    assert len([line for line in lines if re.fullmatch(r"step +[036]  held-out loss: text \d\.\d{3}  media \d\.\d{3}", line)]) == 3
+    assert any(line.startswith("finished after 6 steps, 3,072 tokens, ") for line in lines)
+    assert lines[-1].endswith(f"results in {finished.directory}; look at them: v4train report {finished.directory}")
+    assert sorted(p.name for p in finished.directory.iterdir()) == [
+        *(".lock", "checkpoints", "metrics.jsonl", "recipe.json", "recipe.yaml", "summary.json", "tensorboard")
+    ]
+    assert [p.name for p in sorted((finished.directory / "checkpoints").glob("step*"))] == [f"step_0000000{i}" for i in (2, 4, 6)]
+
+
+def test_a_finished_run_is_not_trained_again(finished, data, capsys):
+    before = (finished.directory / "metrics.jsonl").read_bytes()
+    started = time.perf_counter()
+    outcome = train(data, finished.directory)
+    assert time.perf_counter() - started < 10
+    assert outcome.summary == finished.outcome.summary
+    assert (finished.directory / "metrics.jsonl").read_bytes() == before
+    out = capsys.readouterr().out
+    assert out.startswith(f"nothing to do: {finished.directory} is finished.\nfinished after 6 steps")
+    assert out.endswith("To train longer raise train.steps; to begin anew use another train.run_directory.\n")
+
+
+def test_fewer_steps_than_done_are_refused(finished, data):
+    with pytest.raises(ValueError, match=r"train\.steps: 4, but .* has already done 6 steps\. To train longer raise train\.steps"):
+        train(data, finished.directory, "train.steps=4")
+
+
+def test_another_recipe_is_refused_with_path_and_values(finished, data):
+    with pytest.raises(ValueError, match="holds checkpoints of another recipe") as caught:
+        train(data, finished.directory, "model.norm_eps=1e-5", "optimizer.schedule.peak_lr=1e-3", "train.log_every=5")
+    text = str(caught.value)
+    assert (
+        "  model.norm_eps: 1e-06 in the checkpoint, 1e-05 now\n  optimizer.schedule.peak_lr: 0.003 in the checkpoint, 0.001 now\n" in text
+    )
+    assert "recipe.yaml, or train in another directory (train.run_directory)." in text
+
+
+def test_other_data_are_refused(finished, tmp_path):
+    other = tiny.stores(tmp_path / "stores")
+    tiny.synthetic.make_test_store(tmp_path / "more", documents=50, seed=9)
+    (other / "text").rename(tmp_path / "away")
+    (tmp_path / "more").rename(other / "text")
+    with pytest.raises(ValueError, match=r"the data stores are not those that this run was trained on so far\. Continue with"):
+        train(other, finished.directory)
+
+
+def test_the_same_data_may_have_moved(finished, tmp_path, capsys):
+    train(tiny.stores(tmp_path / "stores"), finished.directory)
+    assert capsys.readouterr().out.startswith("nothing to do")
+
+
+def test_a_resumed_run_goes_on_counting(finished, data, programs, capsys):
+    """More steps: the clock, the records and the first evaluation are those of the whole run."""
+    with (finished.directory / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 7, "los')  # killed while writing
+    outcome = train(data, finished.directory, "train.steps=8", "optimizer.schedule.decay_steps=2")
+    records = record.read(finished.directory / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert outcome.summary["heldout_first"] == finished.outcome.summary["heldout_first"]
+    assert outcome.summary["heldout_last"] != finished.outcome.summary["heldout_last"]
+    assert outcome.summary["seconds"] > finished.outcome.summary["seconds"]
+    assert outcome.summary["steps"] == 8
+    out = capsys.readouterr().out
+    assert f"resumed from step 6 in {finished.directory / 'checkpoints'}\n" in out
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("until", [4, 6])
+def test_a_full_disk_does_not_end_the_training(data, tmp_path, programs, monkeypatch, capsys, until):
+    from v4train.checkpoint import integrity
+
+    original, saves = integrity.write_manifest, []
+
+    def write(directory, **kwargs):
+        saves.append(directory.name)
+        full = (len(saves) == 2) if until == 4 else (len(saves) >= 2)
+        return full_disk() if full else original(directory, **kwargs)
+
+    monkeypatch.setattr(integrity, "write_manifest", write)
+    outcome = train(data, tmp_path / "run")
+    assert outcome.summary["steps"] == 6
+    out = capsys.readouterr().out
+    steps = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step*"))
+    if until == 4:
+        assert steps == ["step_00000002", "step_00000006"]
+        assert outcome.summary["checkpoint_error"] is None
+        assert "WARNING" not in out
+    else:
+        assert steps == ["step_00000002"]
+        warning = "WARNING: the last checkpoint could not be saved: the checkpoint of step 6 was not written to"
+        assert warning in out
+        assert "the disk is full (free some space" in out.split("WARNING")[1]
+        assert "the newest finished one is step 2" in out
+
+
+def test_unreadable_documents_are_written_down(data, tmp_path, programs, monkeypatch, capsys):
+    from v4train.data import document, store
+
+    original = store.TokenStore.read
+
+    def read(self, i):
+        if i == 7 and "text" in str(self.path):
+            raise document.DamagedRecordError("checksum mismatch")
+        return original(self, i)
+
+    monkeypatch.setattr(store.TokenStore, "read", read)
+    outcome = train(data, tmp_path / "run")
+    lines = record.read(tmp_path / "run" / "quarantine.jsonl")
+    assert lines == [{"source": "text", "document": 7, "error": "checksum mismatch"}]
+    assert outcome.summary["bad_records"] == 1
+    assert f"1 document(s) were unreadable and became padding: {tmp_path / 'run' / 'quarantine.jsonl'}" in capsys.readouterr().out
+
+
+def test_a_resumed_run_writes_a_bad_document_once(tmp_path):
+    def met():
+        found = types.SimpleNamespace(records=[])
+        return found, quarantine.BadRecords(found, path=tmp_path / "q.jsonl")
+
+    bad = quarantine.collate.BadRecord
+    found, hook = met()
+    assert hook.write() == 0
+    assert not (tmp_path / "q.jsonl").exists()
+    found.records.append(bad("a", 1, "x"))
+    hook.after(1, None)
+    hook.after(2, None)
+    found, hook = met()
+    found.records += [bad("a", 1, "x"), bad("b", 1, "y")]
+    assert hook.write() == 2
+    assert [(r["source"], r["document"]) for r in record.read(tmp_path / "q.jsonl")] == [("a", 1), ("b", 1)]
+
+
+def test_a_skipped_step_is_said_and_counted(capsys):
+    seen, said = [], []
+    options = {"sources": ["a"], "layers": ["0"], "tokens_per_step": 10, "learning_rate": lambda step: 0.1, "flops_per_token": 2.0}
+    hook = metrics.Metrics(
+        seen.append, **options, peak_flops=1e3, experts_every=9, seconds_before=5, skipped_before=3, on_skip=lambda *x: said.append(x)
+    )
+    names = ("loss", "text", "text_weight", "mtp", "balance", "indexer", "grad_norm", "finite", "tokens", "load")
+    values = (np.nan, np.array([1.0]), np.array([0.0]), 1.0, 1.0, 1.0, np.inf, np.array(False), 10.0, np.ones((1, 3, 2)))
+    hook.after(4, types.SimpleNamespace(**dict(zip(names, values, strict=True))))
+    assert seen[0]["skipped"] == 4
+    assert seen[0]["seconds"] > 5
+    assert "loss/a" not in seen[0]
+    assert said == [(4, np.inf)]
+    assert seen[0]["mfu"] == pytest.approx(seen[0]["tokens_per_second"] * 2 / 1e3)
+
+
+def test_values_that_are_not_finite_are_null_and_a_torn_line_is_cut(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\n{"kind": "tra')
+    assert record.read(path) == [{"kind": "train", "step": 1}]
+    lines = record.JsonLines(path)
+    lines({"kind": "train", "step": 2, "loss": float("nan"), "grad_norm": float("inf")})
+    lines.close()
+    assert record.read(path) == [{"kind": "train", "step": 1}, {"kind": "train", "step": 2, "loss": None, "grad_norm": None}]
+    path.write_text("torn")
+    record.JsonLines(path).close()
+    assert path.read_bytes() == b""
+
+
+def test_the_clock_of_a_run_that_went_back():
+    def line(step, seconds):
+        return {"kind": "train", "step": step, "seconds": seconds}
+
+    records = [line(1, 10.0), line(2, 20.0), line(3, 90.0), {"kind": "eval", "step": 3}, line(2, 22.0), line(3, 33.0)]
+    assert [summary_lib.seconds_at(records, step) for step in (0, 1, 2, 3, 9)] == [0.0, 10.0, 22.0, 33.0, 33.0]
+
+
+def test_durations():
+    found = [progress.duration(s) for s in (-1, 0.4, 59.4, 59.6, 3599, 3600, 86_399, 86_400, 187_200)]
+    assert found == ["0s", "0s", "59s", "1m00s", "59m59s", "1h00m", "23h59m", "1d00h", "2d04h"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_there_is_one_live_line(monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    show = progress.Progress(steps=4, start=0, log_every=1)
+    for step in (1, 2, 3, 4):
+        show({"kind": "train", "step": step, "loss": 2.5, "tokens_per_second": 1000.0, "mfu": 0.25, "grad_norm": 1.0, "learning_rate": 1.0})
+    show({"kind": "eval", "step": 4, "tokens": 9, "loss/text": 1.25})
+    time.sleep(0.2)
+    show.close()
+    show.close()
+    text = screen.getvalue()
+    assert "step      4  held-out loss: text 1.250" in text
+    assert "loss 2.500" in text
+    assert "MFU 25.0%" in text
+    assert "grad norm" not in text, "plain lines are for pipes"
+
+
+def test_the_first_signal_asks_and_the_second_interrupts():
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with resilience.stop_on_signals(grace_seconds=60) as stop:
+        assert not stop()
+        signal.raise_signal(signal.SIGTERM)
+        assert (stop(), stop.signal) == (True, signal.SIGTERM)
+        left = signal.getitimer(signal.ITIMER_REAL)[0]
+        signal.raise_signal(signal.SIGTERM)
+        assert signal.getitimer(signal.ITIMER_REAL)[0] <= left, "a second notice must not prolong the first"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGTERM
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_the_devices_are_those_of_the_suite():
+    assert len(jax.devices()) == 8
