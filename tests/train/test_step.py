@@ -89,10 +89,11 @@ def test_the_loss_is_weighted_by_targets_not_by_rows(base):
 def test_losses_are_put_together_with_their_weights(base, after_one):
     report, model = jax.device_get(after_one[1]), base.parts.recipe.model
     text = report.text @ report.text_weight / report.text_weight.sum()
-    total = text + model.mtp.loss_weight * report.mtp + model.moe.balance_loss * report.balance + model.indexer_loss * report.indexer
+    balance = 2 * report.balance  # the report has the mean over the routers that learn: of csa and of MTP, not of the hash layer
+    total = text + model.mtp.loss_weight * report.mtp + model.moe.balance_loss * balance + model.indexer_loss * report.indexer
     assert float(report.loss) == pytest.approx(float(total), rel=1e-6)
     assert all(5 < x < 6.5 for x in (*report.text, report.mtp)), "about ln 272 before training"
-    assert 1 < report.balance < 4, "two of three layers have one, each at least about 1"
+    assert 0.9 < report.balance < 2, "1 is balanced"
     assert report.indexer > 0
     batch = base.batch()
     assert report.tokens == (batch.segment_ids > 0).sum()
