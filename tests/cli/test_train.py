@@ -37,5 +37,5 @@ sys.exit(code)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "train.batch_rows" in done.stderr
+    assert "optimizer.schedule: warmup_steps 2 + decay_steps 2" in done.stderr
     assert "Traceback" not in done.stderr
