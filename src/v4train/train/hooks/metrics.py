@@ -87,7 +87,8 @@ class Metrics:
                 "skipped": self._skipped,
             }
         )
-        self._load = report.load if self._load is None else self._load + report.load
+        load = np.asarray(report.load)
+        self._load = load if self._load is None else self._load + load
         if step % self._experts_every == 0:
             self._sink({"kind": "experts", "step": step, "layers": self._layers, "load": relative_load(self._load)})
             self._load = None
