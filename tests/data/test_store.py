@@ -125,6 +125,17 @@ def test_open_names_what_is_missing(tmp_path):
     histogram = (path / "histogram.npy").read_bytes()
     (path / "histogram.npy").write_bytes(histogram[:-1] + b"x")
     with pytest.raises(ValueError, match=r"histogram\.npy is damaged \(sha256"):
+        store.TokenStore.open(path)
+
+
+def test_a_flipped_byte_of_a_record_is_found_by_verify(tmp_path):
+    """Opening does not read the documents; each carries its own checksum."""
+    path = synthetic.make_test_store(tmp_path / "s")
+    shard = next(path.glob("*.array_record"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"array_record is damaged \(sha256"):
         store.TokenStore.open(path).verify()
 
 

@@ -32,12 +32,21 @@ from v4train.data import tokenizer as tokenizer_lib
 VERSION = 1
 ENTRY = np.dtype([("key", "<u8"), ("tokens", "<u4"), ("spans", "<u4"), ("patches", "<u4"), ("frames", "<u4")])
 MANIFEST = "manifest.json"
+DIGEST_AT_OPEN = 2**28  # bytes of an index file; larger ones are left to `TokenStore.verify`
 _INDEX = {"documents.npy": ENTRY, "spans.npy": document_lib.SPAN, "histogram.npy": np.dtype("<i8")}
 
 
 def key_hash(key: str) -> int:
     """64 bits that decide which documents are held out."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+def _check_digests(root: pathlib.Path, files: dict[str, dict]) -> None:
+    for name, entry in files.items():
+        digest = file_sha256(root / name)
+        if digest != entry["sha256"]:
+            message = f"data store {root}: {name} is damaged (sha256 {digest[:12]}..., expected {entry['sha256'][:12]}...)"
+            raise ValueError(f"{message}; copy or build the store again")
 
 
 def file_sha256(path: pathlib.Path) -> str:
@@ -184,7 +193,10 @@ class TokenStore:
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "TokenStore":
-        """Opens a store after checking that it is whole: version, every file present and of the right size.
+        """Opens a store after checking that it is whole: version, every file present and of the right size, and an intact index.
+
+        Documents carry a checksum each, which is checked when they are read; the index has none, so its digest is compared here,
+        unless it is too large to be read at every start (`verify` does then).
 
         Raises:
             ValueError: what is wrong with which file, and what to do.
@@ -206,6 +218,8 @@ class TokenStore:
             size = (root / name).stat().st_size
             if size != entry["bytes"]:
                 raise ValueError(f"data store {path}: {name} has {size} bytes instead of {entry['bytes']}; copy or build the store again")
+        index = {name: entry for name, entry in manifest["files"].items() if name.endswith(".npy") and entry["bytes"] <= DIGEST_AT_OPEN}
+        _check_digests(root, index)
         return cls(root, manifest=manifest)
 
     def verify(self) -> None:
@@ -214,11 +228,7 @@ class TokenStore:
         Raises:
             ValueError: the first file that differs.
         """
-        for name, entry in self.manifest["files"].items():
-            digest = file_sha256(self.path / name)
-            if digest != entry["sha256"]:
-                message = f"data store {self.path}: {name} is damaged (sha256 {digest[:12]}..., expected {entry['sha256'][:12]}...)"
-                raise ValueError(f"{message}; copy or build the store again")
+        _check_digests(self.path, self.manifest["files"])
 
     def __len__(self) -> int:
         return len(self.documents)
