@@ -85,7 +85,32 @@ def remember(block: block_lib.Block, *, policy: str):
     def call(state, streams, context):
         return nnx.merge(graph, state)(streams, context)
 
-    return functools.partial(call, state)
+    return lambda streams, context: call(*_one_layer_at_a_time(state, streams), context)
+
+
+@jax.custom_vjp
+def _one_layer_at_a_time(state: nnx.State, streams: Array) -> tuple[nnx.State, Array]:
+    """Its inputs. In the backward pass the layer's parameter gradients are finished before the layer below begins.
+
+    Nothing else needs them before the optimizer does, so a scheduler may put them off, and all that they are computed from, which is
+    everything that the layer recomputes, stays alive: in all layers at once.
+    """
+    return state, streams
+
+
+def _forward(state: nnx.State, streams: Array) -> tuple[tuple[nnx.State, Array], None]:
+    return (state, streams), None
+
+
+def _backward(_, gradients: tuple[nnx.State, Array]) -> tuple[nnx.State, Array]:
+    leaves, structure = jax.tree.flatten(gradients)
+    real = [i for i, leaf in enumerate(leaves) if leaf.dtype != jax.dtypes.float0]
+    for i, leaf in zip(real, jax.lax.optimization_barrier([leaves[i] for i in real]), strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
+
+
+_one_layer_at_a_time.defvjp(_forward, _backward)
 
 
 class Stack(nnx.Module):
