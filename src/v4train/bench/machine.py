@@ -27,6 +27,7 @@ def describe(*, devices: int) -> dict[str, Any]:
         "device_kind": jax.devices()[0].device_kind,
         "devices": devices,
         "cpu_cores": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "versions": {"git": git_version(), "jax": jax.__version__, "python": platform.python_version(), "numpy": np.__version__},
     }
 
