@@ -1,6 +1,6 @@
 """The backward pass recomputes a layer, finishes its gradients and forgets it: memory by layer is that of its input alone.
 
-Measured on XLA's own plan. XLA:CPU must be told to keep barriers and to schedule for memory; other platforms do so unasked.
+Measured on XLA's own plan. XLA:CPU must be told to keep barriers and to schedule for memory.
 """
 
 import jax
