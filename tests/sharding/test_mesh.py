@@ -53,7 +53,6 @@ def test_outside_a_mesh_nothing_happens():
     x = jnp.ones((2, 4, 8))
     assert constrain.constrain(x, "B S D") is x
     assert constrain.mesh_axis("E") is None
-    assert constrain.replicated() is None
 
     def function(x):
         return x

@@ -75,9 +75,3 @@ def shard_local(function: Callable, *, inputs: tuple[str, ...], outputs: str) ->
         return rules.spec(axes_lib.logical_axes(letters), shape=None, mesh=mesh)
 
     return jax.shard_map(function, mesh=mesh, in_specs=tuple(specs(i) for i in inputs), out_specs=specs(outputs), check_vma=False)
-
-
-def replicated() -> NamedSharding | None:
-    """The sharding of values that every device holds whole, or None without a mesh."""
-    mesh = _current()
-    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
