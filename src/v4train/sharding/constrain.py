@@ -9,7 +9,7 @@ import contextvars
 from collections.abc import Callable, Iterator
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from v4train.core import axes as axes_lib
 from v4train.sharding import rules
