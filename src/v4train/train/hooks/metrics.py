@@ -102,6 +102,7 @@ def relative_load(load: np.ndarray) -> dict[str, list[list[float]]]:
     """Tokens ``[L, M, E]`` -> share of each expert relative to uniform, by modality and over all; absent modalities are left out."""
 
     def relative(counts: np.ndarray) -> list[list[float]]:
+        counts = counts.astype(np.float64)
         mean = counts.mean(axis=-1, keepdims=True)
         return np.round(counts / np.maximum(mean, 1e-9), 4).tolist()
 
