@@ -48,7 +48,7 @@ class CompressedSparseAttention(nnx.Module):
         self.indexer = param.tag(Indexer(config, kind), "indexer")
 
     def __call__(self, x: Float[Array, "b s d"], context: context_lib.Context) -> projections.AttentionOutput:
-        p, inputs, blocks = self.projections, context.inputs, context.blocks.get(self.kind.ratio)
+        p, blocks = self.projections, context.blocks.get(self.kind.ratio)
         freqs = projections.frequencies(self.config, compressed=True)
         latent = p.latent(x)
         entries, index, selection = None, None, None
@@ -58,15 +58,4 @@ class CompressedSparseAttention(nnx.Module):
                 index = self.indexer(x, latent, context, blocks=blocks, freqs=freqs)
                 top_k = self.kind.top_k if self.kind.phase == "sparse" else None
                 selection = sparse_attention.Selection(top_k=top_k, teach=True)
-        attended = sparse_attention.attend(
-            p.queries(latent, inputs.positions, freqs=freqs),
-            p.keys(x, inputs.positions, freqs=freqs),
-            p.sink[...],
-            segment_ids=inputs.segment_ids,
-            window=self.config.window,
-            chunk=self.config.chunk,
-            entries=entries,
-            index=index,
-            selection=selection,
-        )
-        return p.output(attended, inputs.positions, freqs=freqs, dtype=x.dtype)
+        return p.attend(x, latent, context.inputs, freqs=freqs, entries=entries, index=index, selection=selection)

@@ -18,18 +18,9 @@ class HeavilyCompressedAttention(nnx.Module):
         self.compressor = compressor.Compressor(config, ratio=kind.ratio, width=config.attention.head_dim, overlap=False)
 
     def __call__(self, x: Float[Array, "b s d"], context: context_lib.Context) -> projections.AttentionOutput:
-        p, inputs, blocks = self.projections, context.inputs, context.blocks.get(self.kind.ratio)
+        p, blocks = self.projections, context.blocks.get(self.kind.ratio)
         freqs = projections.frequencies(self.config, compressed=True)
         entries = None
         if blocks is not None:  # a row shorter than one block has no entry
             entries = sparse_attention.Entries(self.compressor(x, blocks, freqs=freqs), blocks.end, blocks.segment)
-        attended = sparse_attention.attend(
-            p.queries(p.latent(x), inputs.positions, freqs=freqs),
-            p.keys(x, inputs.positions, freqs=freqs),
-            p.sink[...],
-            segment_ids=inputs.segment_ids,
-            window=self.config.window,
-            chunk=self.config.chunk,
-            entries=entries,
-        )
-        return p.output(attended, inputs.positions, freqs=freqs, dtype=x.dtype)
+        return p.attend(x, p.latent(x), context.inputs, freqs=freqs, entries=entries)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from v4train.core import param
 from v4train.model import config as config_lib
+from v4train.model import context as context_lib
 from v4train.ops import norm, rope, sparse_attention
 
 
@@ -37,7 +38,7 @@ class Projections(nnx.Module):
 
     def __init__(self, config: config_lib.ModelConfig):
         a, d, init = config.attention, config.hidden, param.Normal(config.init_std)
-        self.heads, self.groups, self.eps = a.heads, a.output_groups, config.norm_eps
+        self.config, self.eps = a, config.norm_eps
         self.wq_a = param.param((d, a.query_rank), "D R", init)
         self.q_norm = param.scale(a.query_rank, "R")
         self.wq_b = param.param((a.query_rank, a.heads * a.head_dim), "R H", init)
@@ -53,19 +54,43 @@ class Projections(nnx.Module):
 
     def queries(self, latent: Float[Array, "b s r"], positions: Int[Array, "b s"], *, freqs: np.ndarray) -> Float[Array, "b s h k"]:
         """Rotated queries."""
-        query = (latent @ self.wq_b[...]).reshape(*latent.shape[:2], self.heads, -1)
+        query = (latent @ self.wq_b[...]).reshape(*latent.shape[:2], self.config.heads, -1)
         return rope.rotate(norm.rms_norm(query, eps=self.eps), positions, freqs=freqs)
 
     def keys(self, x: Float[Array, "b s d"], positions: Int[Array, "b s"], *, freqs: np.ndarray) -> Float[Array, "b s k"]:
         """Rotated raw keys, which are the values too."""
         return rope.rotate(norm.rms_norm(x @ self.wkv[...], self.kv_norm[...], eps=self.eps), positions, freqs=freqs)
 
+    def attend(
+        self,
+        x: Float[Array, "b s d"],
+        latent: Float[Array, "b s r"],
+        inputs: context_lib.Inputs,
+        *,
+        freqs: np.ndarray,
+        entries: sparse_attention.Entries | None = None,
+        index: sparse_attention.Index | None = None,
+        selection: sparse_attention.Selection | None = None,
+    ) -> AttentionOutput:
+        """Attention to the window and to ``entries``, turned back by the query's position and projected to the hidden width."""
+        attended = sparse_attention.attend(
+            self.queries(latent, inputs.positions, freqs=freqs),
+            self.keys(x, inputs.positions, freqs=freqs),
+            self.sink[...],
+            segment_ids=inputs.segment_ids,
+            window=self.config.window,
+            chunk=self.config.chunk,
+            entries=entries,
+            index=index,
+            selection=selection,
+        )
+        return self.output(attended, inputs.positions, freqs=freqs, dtype=x.dtype)
+
     def output(
         self, attended: sparse_attention.Attended, positions: Int[Array, "b s"], *, freqs: np.ndarray, dtype: jnp.dtype
     ) -> AttentionOutput:
         """Turns the result back by the query's position and projects it to the hidden width."""
         heads = rope.rotate(attended.out, positions, freqs=freqs, inverse=True).astype(dtype)
-        grouped = heads.reshape(*heads.shape[:2], self.groups, -1)
+        grouped = heads.reshape(*heads.shape[:2], self.config.output_groups, -1)
         low = jnp.einsum("bsgh,ghr->bsgr", grouped, self.wo_a[...])
-        out = low.reshape(*heads.shape[:2], -1) @ self.wo_b[...]
-        return AttentionOutput(out, attended.indexer_loss.sum())
+        return AttentionOutput(low.reshape(*heads.shape[:2], -1) @ self.wo_b[...], attended.indexer_loss.sum())

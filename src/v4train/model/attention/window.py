@@ -6,7 +6,6 @@ from jaxtyping import Array, Float
 from v4train.model import config as config_lib
 from v4train.model import context as context_lib
 from v4train.model.attention import projections
-from v4train.ops import sparse_attention
 
 
 class WindowAttention(nnx.Module):
@@ -17,14 +16,6 @@ class WindowAttention(nnx.Module):
         self.projections = projections.Projections(config)
 
     def __call__(self, x: Float[Array, "b s d"], context: context_lib.Context) -> projections.AttentionOutput:
-        p, inputs = self.projections, context.inputs
+        p = self.projections
         freqs = projections.frequencies(self.config, compressed=False)
-        attended = sparse_attention.attend(
-            p.queries(p.latent(x), inputs.positions, freqs=freqs),
-            p.keys(x, inputs.positions, freqs=freqs),
-            p.sink[...],
-            segment_ids=inputs.segment_ids,
-            window=self.config.window,
-            chunk=self.config.chunk,
-        )
-        return p.output(attended, inputs.positions, freqs=freqs, dtype=x.dtype)
+        return p.attend(x, p.latent(x), context.inputs, freqs=freqs)
