@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from v4train.core import param
+from v4train.core import param, tree
 from v4train.optim import adamw, muon, schedule, stacking
 from v4train.optim.config import OptimizerConfig
 
@@ -140,19 +140,12 @@ class _Hybrid:
         return [i for i, declaration in enumerate(self.declared) if declaration.group == group]
 
 
-def state_like(tree: dict, *, declarations: dict, count: Any) -> HybridState:
-    """A state whose leaves are those of ``tree`` (a nested dict like the parameters, of shardings for example), and ``count``."""
-    moments = _members(tree, declarations, "adamw")
-    return HybridState(count, _members(tree, declarations, "muon"), moments, moments)
+def state_like(leaves: dict, *, declarations: dict, count: Any) -> HybridState:
+    """A state whose leaves are those of ``leaves`` (a nested dict like the parameters, of shardings for example), and ``count``."""
+    moments = _members(leaves, declarations, "adamw")
+    return HybridState(count, _members(leaves, declarations, "muon"), moments, moments)
 
 
-def _members(tree: dict, declarations: dict, group: param.Group) -> dict:
+def _members(leaves: dict, declarations: dict, group: param.Group) -> dict:
     """The leaves of one group, at their paths; a dict without any is left out."""
-    members = {}
-    for key, declared in declarations.items():
-        if not param.is_declaration(declared):
-            inner = _members(tree[key], declared, group)
-            members |= {key: inner} if inner else {}
-        elif declared.group == group:
-            members[key] = tree[key]
-    return members
+    return tree.select(leaves, declarations=declarations, keep=lambda d: d.group == group)
