@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from v4train.cli import report
-from v4train.cli.report_page import charts, curves, figures, heat_map, line_chart, page, runs, scale, style
+from v4train.cli.html_page import scale, style
+from v4train.cli.report_page import charts, curves, figures, heat_map, line_chart, page, runs
 
 STEPS = 40
 

@@ -18,8 +18,8 @@ from typing import Literal
 
 import numpy as np
 
+from v4train.cli.html_page import scale
 from v4train.cli.report_page import runs as runs_lib
-from v4train.cli.report_page import scale
 
 BUCKETS = 270  # of a thinned curve, at most: two points each, about one a pixel in a chart of half the page's width
 CLOCKS = ("step", "tokens", "seconds")  # what the abscissa may count

@@ -7,7 +7,8 @@ import dataclasses
 
 import numpy as np
 
-from v4train.cli.report_page import curves, scale
+from v4train.cli.html_page import scale
+from v4train.cli.report_page import curves
 from v4train.cli.report_page import runs as runs_lib
 
 

@@ -12,7 +12,8 @@ import math
 
 import numpy as np
 
-from v4train.cli.report_page import curves, scale
+from v4train.cli.html_page import scale
+from v4train.cli.report_page import curves
 
 NARROW, WIDE, HEIGHT = 560, 1140, 270  # px; the browser replaces the widths
 TOP, RIGHT, BOTTOM, LEFT = 12, 22, 40, 58  # margins, px

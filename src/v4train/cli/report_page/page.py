@@ -2,6 +2,7 @@
 
 import html
 
+from v4train.cli.html_page import frame
 from v4train.cli.report_page import charts, curves, figures, heat_map, line_chart, script, style, tables
 from v4train.cli.report_page import runs as runs_lib
 
@@ -15,28 +16,22 @@ def write(runs: list[runs_lib.Run]) -> str:
     top = _single(runs[0], known=known[0]) if len(runs) == 1 else _several(runs, known=known)
     sections, number = [], 0
     for heading, part in (("Loss", drawn.loss), ("Terms of the objective", drawn.terms), ("Optimisation and speed", drawn.training)):
-        sections.append(_section(heading, _grid(part, first=number, drawn=drawn, choices=choices)))
+        sections.append(frame.section(heading, _grid(part, first=number, drawn=drawn, choices=choices)))
         number += len(part)
     maps = "".join(
         heat_map.figure(run, title="Expert load" if len(runs) == 1 else f"Expert load: {run.name}", number=i) for i, run in enumerate(runs)
     )
-    sections.append(_section("Experts", _grid(drawn.experts, first=number, drawn=drawn, choices=choices) + maps))
+    sections.append(frame.section("Experts", _grid(drawn.experts, first=number, drawn=drawn, choices=choices) + maps))
     body = "".join([top, _controls(choices) if drawn.all else _too_early(), *sections, _recipes(runs)])
     data = line_chart.page_data(drawn.all, abscissas=drawn.abscissas, choices=choices)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>Training report: {html.escape(title)}</title><style>{style.sheet()}</style></head>\n'
-        f'<body><main>{body}</main>\n<script type="application/json" id="charts">{data}</script>\n'
-        f"<script>{script.SOURCE}</script></body></html>\n"
-    )
+    return frame.document(body, title=f"Training report: {title}", sheet=style.sheet(), script=script.SOURCE, data={"charts": data})
 
 
 def _single(run: runs_lib.Run, *, known: figures.Figures) -> str:
     return (
         f"<header><h1>{html.escape(run.name)}</h1>{_status(known)}"
         f'<p class="sub">Training report. Metrics up to step {run.last_step:,}, written {run.written:%Y-%m-%d %H:%M} UTC.</p></header>'
-        f"{_notes(run.notes)}{tables.tiles(known)}{tables.held_out(known)}"
+        f"{frame.notes(run.notes)}{tables.tiles(known)}{tables.held_out(known)}"
     )
 
 
@@ -45,16 +40,12 @@ def _several(runs: list[runs_lib.Run], *, known: list[figures.Figures]) -> str:
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
     return (
         f'<header><h1>{len(runs)} runs compared</h1><p class="sub">Training report. Metrics up to {newest:%Y-%m-%d %H:%M} UTC.</p></header>'
-        f"{_notes(notes)}{tables.comparison(runs, known=known)}{tables.recipe_differences(runs)}"
+        f"{frame.notes(notes)}{tables.comparison(runs, known=known)}{tables.recipe_differences(runs)}"
     )
 
 
 def _status(known: figures.Figures) -> str:
     return f'<span class="status {html.escape(known.status)}">{html.escape(known.status)}</span>'
-
-
-def _notes(notes: tuple[str, ...] | list[str]) -> str:
-    return f'<ul class="notes">{"".join(f"<li>{html.escape(note)}</li>" for note in notes)}</ul>' if notes else ""
 
 
 def _too_early() -> str:
@@ -66,21 +57,9 @@ def _controls(choices: dict[str, dict]) -> str:
     names = {clock: {"seconds": "time"}.get(clock, clock) for clock in choices}
     parts = []
     if len(choices) > 1:
-        parts.append(_radio("clock", names, label="Horizontal axis"))
-    parts.append(_radio("log", {"linear": "linear", "log": "logarithmic"}, label="Scale"))
+        parts.append(frame.radio("clock", names, label="Horizontal axis"))
+    parts.append(frame.radio("log", {"linear": "linear", "log": "logarithmic"}, label="Scale"))
     return f'<form class="controls" hidden>{"".join(parts)}</form>'
-
-
-def _radio(name: str, options: dict[str, str], *, label: str) -> str:
-    items = "".join(
-        f'<label><input type="radio" name="{name}" value="{value}"{" checked" if i == 0 else ""}><span>{text}</span></label>'
-        for i, (value, text) in enumerate(options.items())
-    )
-    return f'<span class="group">{label}<span class="choice" role="radiogroup" aria-label="{label}">{items}</span></span>'
-
-
-def _section(heading: str, content: str) -> str:
-    return f"<section><h2>{heading}</h2>{content}</section>" if content else ""
 
 
 def _grid(part: list[curves.Chart], *, first: int, drawn: charts.Charts, choices: dict[str, dict]) -> str:
@@ -101,4 +80,4 @@ def _recipes(runs: list[runs_lib.Run]) -> str:
         for run in runs
         if run.recipe_text
     ]
-    return _section("Recipe", "".join(items))
+    return frame.section("Recipe", "".join(items))

@@ -1,31 +1,23 @@
-"""The style sheet of the report.
+"""The rules of the report's own parts: curves, crosshair, heat map.
 
-Eight hues that readers with the usual colour deficiencies can tell apart (after Okabe and Ito), darkened for the light page and
-lightened for the dark one until each has a contrast of at least 3:1 to the page; text has at least 4.5:1. Print is always light.
 The colours of the heat map are mixed here from three anchors, in as many steps as `heat_map` has classes.
 """
 
+from v4train.cli.html_page import style
 from v4train.cli.report_page import heat_map
 
-LIGHT = ("#0072b2", "#d55e00", "#00875f", "#b5508a", "#8a6d00", "#2f8fc4", "#6a4fc0", "#5c636e")
-DARK = ("#56b4e9", "#ff8f45", "#2fc998", "#e58fc2", "#e0bd2a", "#9ad4f7", "#b9a2f8", "#aab2bd")
 HEAT_LIGHT = ("#08519c", "#6aaed6", "#f3f2ee", "#f0924a", "#a63603")  # from 1/4 over 1/2, 1, 2 to 4 times the uniform load
 HEAT_DARK = ("#a5d4ff", "#3f86c6", "#2d3137", "#c8641f", "#ffbe8c")
 
 
 def sheet() -> str:
     """The whole style sheet."""
-    light, dark = _variables(LIGHT, HEAT_LIGHT), _variables(DARK, HEAT_DARK)
-    classes = "".join(f".c{i}{{--c:var(--c{i})}}" for i in range(len(LIGHT))) + "".join(
-        f".h{i}{{fill:var(--h{i})}}" for i in range(heat_map.STEPS)
-    )
-    dark_page = f"@media screen and (prefers-color-scheme:dark){{:root{{{DARK_PAGE}{dark}}}}}"
-    return f":root{{{LIGHT_PAGE}{light}}}{dark_page}{classes}{RULES}"
+    classes = "".join(f".h{i}{{fill:var(--h{i})}}" for i in range(heat_map.STEPS))
+    return style.sheet(classes + RULES, light=f"--never:#1c2026;{_heat(HEAT_LIGHT)}", dark=f"--never:#fff;{_heat(HEAT_DARK)}")
 
 
-def _variables(palette: tuple[str, ...], heat: tuple[str, ...]) -> str:
-    hues = "".join(f"--c{i}:{colour};" for i, colour in enumerate(palette))
-    return hues + "".join(f"--h{i}:{_mix(heat, i / (heat_map.STEPS - 1))};" for i in range(heat_map.STEPS))
+def _heat(anchors: tuple[str, ...]) -> str:
+    return "".join(f"--h{i}:{_mix(anchors, i / (heat_map.STEPS - 1))};" for i in range(heat_map.STEPS))
 
 
 def _mix(anchors: tuple[str, ...], place: float) -> str:
@@ -36,77 +28,17 @@ def _mix(anchors: tuple[str, ...], place: float) -> str:
     return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in pairs)
 
 
-LIGHT_PAGE = "color-scheme:light;--page:#fff;--ink:#1c2026;--soft:#596170;--rule:#d9dde3;--grid:#e8ebef;--panel:#f6f7f9;--never:#1c2026;"
-DARK_PAGE = "color-scheme:dark;--page:#16191d;--ink:#e9ecf0;--soft:#a3abb8;--rule:#3a4049;--grid:#2a2f36;--panel:#1e2227;--never:#fff;"
-
 RULES = """
-*{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--page);color:var(--ink)}
-body{font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-main{max-width:1200px;margin:0 auto;padding:28px 30px 60px}
-header{display:flex;flex-wrap:wrap;gap:4px 14px;align-items:baseline}
-h1{font-size:25px;line-height:1.25;margin:0;font-weight:650;overflow-wrap:anywhere}
-h2{font-size:18px;margin:38px 0 12px;padding-top:14px;border-top:1px solid var(--rule);font-weight:650}
-h3{font-size:15px;margin:0;font-weight:600}
-.sub{color:var(--soft);margin:2px 0 0;flex-basis:100%}
+.cells-of{display:block;width:100%;height:auto}
 .status{font-size:13px;font-weight:600;padding:1px 9px;border-radius:10px;border:1px solid currentColor;color:var(--soft)}
 .status.finished{color:var(--c2)}
 .status.stopped,.status.unfinished{color:var(--c1)}
-.notes{margin:16px 0 0;padding:10px 14px 10px 32px;border-left:3px solid var(--c1);background:var(--panel);font-size:14px}
-.notes li+li{margin-top:3px}
-.tiles{display:grid;grid-template-columns:repeat(var(--columns),minmax(0,1fr));max-width:calc(var(--columns)*230px);
-gap:14px 22px;margin:22px 0 0}
-.tiles div{border-top:2px solid var(--rule);padding-top:7px}
-.tiles dt{font-size:13px;color:var(--soft)}
-.tiles dd{margin:0;font-size:21px;line-height:1.3;font-weight:600;font-variant-numeric:tabular-nums;white-space:nowrap}
-.tiles small{display:block;font-size:12.5px;font-weight:400;color:var(--soft);white-space:normal}
-.scroll{overflow-x:auto}
-.table{margin-top:18px;max-width:max-content}
-table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
-caption{text-align:left;white-space:nowrap;font-weight:600;font-size:15px;padding-bottom:6px}
-th,td{padding:6px 14px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap;font-weight:400}
-th:first-child{text-align:left;padding-left:0}
-thead th{color:var(--soft);font-size:13px;vertical-align:bottom}
-tbody th{font-weight:600}
-td.best{font-weight:700}
-.texts tbody th{white-space:nowrap!important}
-.texts thead th,.texts th,.texts td{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:90px}
-td.bar{width:150px;min-width:110px;padding-right:0}
-td.bar i{display:block;height:8px;background:var(--c0);opacity:.75;min-width:1px}
 th .swatch{margin-right:7px}
 thead th:has(.swatch){color:var(--ink);font-weight:600;white-space:normal;overflow-wrap:anywhere;min-width:120px}
-.controls{display:flex;flex-wrap:wrap;gap:6px 18px;align-items:center;margin:26px 0 -22px;padding:8px 0}
-.controls{position:sticky;top:0;z-index:3;background:var(--page);font-size:14px}
-[hidden]{display:none!important}
-.choice{display:inline-flex;border:1px solid var(--rule);border-radius:6px;overflow:hidden;font-size:13.5px}
-.choice label{cursor:pointer}
-.choice input{position:absolute;opacity:0;pointer-events:none}
-.choice span{display:block;padding:3px 12px}
-.choice label+label span{border-left:1px solid var(--rule)}
-.choice label span{white-space:nowrap}
-.choice input:checked+span{background:var(--ink);color:var(--page)}
-.choice input:focus-visible+span{outline:2px solid var(--c0);outline-offset:-2px}
-.controls .group{display:inline-flex;gap:10px;align-items:center;color:var(--soft)}
-.controls label{color:var(--ink)}
-.grid2{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:30px 34px}
-.wide{grid-column:1/-1}
-figure{margin:0;min-width:0}
 .heat{margin-top:30px}
-figcaption{display:flex;flex-wrap:wrap;gap:0 10px;align-items:baseline;margin-bottom:4px}
-.unit{color:var(--soft);font-size:13px}
-.legend{list-style:none;display:flex;flex-wrap:wrap;gap:2px 16px;margin:0 0 4px;padding:0;font-size:13.5px}
-.legend li{display:flex;align-items:center;gap:6px;overflow-wrap:anywhere}
-.swatch{flex:none;vertical-align:-1px}
-.plot{position:relative}
-.plot svg,.cells-of{display:block;width:100%;height:auto}
-.plot svg:focus-visible,.scroll:focus-visible{outline:2px solid var(--c0);outline-offset:2px}
-svg text{fill:var(--soft);font-size:12px;font-variant-numeric:tabular-nums}
-text.x,text.name,.heat-legend text{text-anchor:middle}
-text.y,text.row-name,text.row-max,text.max-head{text-anchor:end}
+.heat-legend text{text-anchor:middle}
+text.row-name,text.row-max,text.max-head{text-anchor:end}
 text.row-name{fill:var(--ink)}
-path.grid{stroke:var(--grid);fill:none}
-path.base{stroke:var(--soft);fill:none}
 path.line,path.marked,path.points,path.raw{fill:none;stroke:var(--c);stroke-linejoin:round;stroke-linecap:round}
 path.line,path.marked{stroke-width:1.8}
 path.raw{stroke-width:1;opacity:.28}
@@ -120,7 +52,6 @@ path.mark{fill:var(--c);stroke:var(--page);stroke-width:1}
 .tip b{display:block;font-weight:600;margin-bottom:2px}
 .tip div{display:flex;gap:14px;justify-content:space-between}
 .tip i{display:inline-block;width:9px;height:9px;border-radius:2px;background:var(--c);margin-right:6px}
-.remark{color:var(--soft);font-size:13px;margin:4px 0 0}
 .heat-head{display:flex;flex-wrap:wrap;gap:8px 24px;justify-content:space-between;align-items:center;margin:6px 0}
 .heat-legend{display:flex;align-items:flex-start;gap:16px;font-size:12px;color:var(--soft)}
 .never-key{display:inline-flex;gap:6px;align-items:center;line-height:12px}
@@ -129,14 +60,5 @@ path.mark{fill:var(--c);stroke:var(--page);stroke-width:1}
 .gap{fill:none;stroke:var(--grid)}
 .cells rect:hover{stroke:var(--ink);stroke-width:1.5}
 .cells-of{min-width:700px}
-details{margin-top:12px;border:1px solid var(--rule);border-radius:6px}
-summary{cursor:pointer;padding:8px 14px;font-weight:600}
-pre{margin:0;padding:4px 14px 14px;overflow-x:auto;font:12.5px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace}
-@media (max-width:820px){main{padding:18px 16px 40px}.grid2{grid-template-columns:minmax(0,1fr)}
-.tiles{grid-template-columns:repeat(auto-fill,minmax(128px,1fr));max-width:none}
-td.bar{display:none}th,td{padding:6px 9px}}
-@media print{body{font-size:11pt}main{max-width:none;padding:0}.controls,.heat-choice,.tip{display:none!important}
-.grid2{grid-template-columns:minmax(0,1fr);gap:18px}.tiles{grid-template-columns:repeat(5,1fr)}
-figure,.tiles,tr{break-inside:avoid}h2,figcaption,.legend{break-after:avoid}.scroll{overflow:visible}.cells-of{min-width:0}
-*{-webkit-print-color-adjust:exact;print-color-adjust:exact}details:not([open]),section:has(>details):not(:has(>details[open])){display:none}}
+@media print{.heat-choice,.tip{display:none!important}.cells-of{min-width:0}}
 """

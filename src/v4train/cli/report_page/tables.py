@@ -2,9 +2,9 @@
 
 import html
 import json
-import math
 
-from v4train.cli.report_page import figures, line_chart, scale
+from v4train.cli.html_page import scale, table
+from v4train.cli.report_page import figures, line_chart
 from v4train.cli.report_page import runs as runs_lib
 
 ABSENT = "–"
@@ -24,12 +24,7 @@ def tiles(run: figures.Figures) -> str:
         ("Compilation", scale.duration(run.compilation), "" if run.first_step is None else f"first step {scale.duration(run.first_step)}"),
     ]
     shown = [(name, value, note) for name, value, note in candidates if value != ABSENT]
-    cells = "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}{f'<small>{html.escape(note)}</small>' if note else ''}</dd></div>"
-        for name, value, note in shown
-    )
-    columns = math.ceil(len(shown) / math.ceil(len(shown) / 7))
-    return f'<dl class="tiles" style="--columns:{columns}">{cells}</dl>'
+    return table.tiles(shown)
 
 
 def held_out(run: figures.Figures) -> str:
@@ -41,8 +36,8 @@ def held_out(run: figures.Figures) -> str:
     rows = []
     for name, h in run.held_out.items():
         later = [_number(h.last), _number(h.ratio, digits=3), _bar(h.ratio)] if again else []
-        rows.append([_head(name), _number(h.first), *later])
-    return _table(head, rows, caption="Held-out loss by source")
+        rows.append([table.head(name), _number(h.first), *later])
+    return table.table(head, rows, caption="Held-out loss by source")
 
 
 def comparison(runs: list[runs_lib.Run], *, known: list[figures.Figures]) -> str:
@@ -60,7 +55,7 @@ def comparison(runs: list[runs_lib.Run], *, known: list[figures.Figures]) -> str
         ("train loss at the end", [run.train_loss for run in known], "plain", -1),
         *((f"held-out loss, {name}", [_last(run, name) for run in known], "plain", -1) for name in sources),
     ]
-    rows = [[_head("status"), *(f"<td>{html.escape(run.status)}</td>" for run in known)]]
+    rows = [[table.head("status"), *(f"<td>{html.escape(run.status)}</td>" for run in known)]]
     for head, values, notation, direction in lines:
         if all(value is None for value in values):
             continue
@@ -69,9 +64,9 @@ def comparison(runs: list[runs_lib.Run], *, known: list[figures.Figures]) -> str
         cells = (
             f"<td{mark if value is not None and value == best else ''}>{html.escape(_write(value, notation))}</td>" for value in values
         )
-        rows.append([_head(head), *cells])
+        rows.append([table.head(head), *cells])
     heads = [f"{line_chart.swatch(i)}{html.escape(run.name)}" for i, run in enumerate(runs)]
-    return _table(["run", *heads], rows, caption="Runs compared; losses in nats, best in bold")
+    return table.table(["run", *heads], rows, caption="Runs compared; losses in nats, best in bold")
 
 
 def recipe_differences(runs: list[runs_lib.Run]) -> str:
@@ -93,7 +88,7 @@ def recipe_differences(runs: list[runs_lib.Run]) -> str:
     if not rows:
         return '<p class="remark">The resolved recipes are the same.</p>'
     heads = [f"{line_chart.swatch(i)}{html.escape(run.name)}" for i, run in enumerate(runs)]
-    return _table(["key", *heads], rows, caption="Recipe keys that differ", text=True)
+    return table.table(["key", *heads], rows, caption="Recipe keys that differ", text=True)
 
 
 def _last(run: figures.Figures, name: str) -> float | None:
@@ -144,17 +139,3 @@ def _bar(ratio: float | None) -> str:
 
 def _number(value: float | None, *, digits: int = 4) -> str:
     return f"<td>{html.escape(scale.plain(value, digits=digits))}</td>"
-
-
-def _head(text: str) -> str:
-    return f'<th scope="row">{html.escape(text)}</th>'
-
-
-def _table(head: list[str], rows: list[list[str]], *, caption: str, text: bool = False) -> str:
-    """``head`` is HTML, as the cells are."""
-    heads = "".join(f'<th scope="col">{name}</th>' if name else '<td class="bar"></td>' for name in head)
-    body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in rows)
-    return (
-        f'<div class="scroll table{" texts" if text else ""}" tabindex="0" role="group" aria-label="{html.escape(caption)}">'
-        f"<table><caption>{html.escape(caption)}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
