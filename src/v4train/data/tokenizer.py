@@ -134,7 +134,7 @@ class JsonTokenizer:
         except Exception as error:  # the library raises a bare Exception with the reason
             raise ValueError(f"tokenizer {path}: not a file of the `tokenizers` library ({error}); name its tokenizer.json") from None
         self._file.encode_special_tokens = True  # text is never control
-        ids = dict.fromkeys(SPECIALS, -1)
+        ids: dict[str, int] = dict.fromkeys(SPECIALS, -1)
         for name, text in specials.model_dump().items():
             found = self._file.token_to_id(text) if text is not None else -1
             if found is None:

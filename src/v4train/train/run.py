@@ -73,6 +73,7 @@ def run(loaded: load.Loaded[recipe_lib.Recipe], *, program_started: float) -> Ou
         with manager_lib.Manager(directory / "checkpoints", config=recipe.checkpoint) as saver:
             found = restore.describe(directory / "checkpoints", verify=recipe.checkpoint.verify) if saver.steps() else None
             metadata = {"recipe": dump.values(recipe), "data": parts.data.fingerprint, "seed": recipe.seed}
+            metadata["tokenizer"] = parts.data.tokenizer.fingerprint
             if found is not None:
                 _check_same(found.metadata, metadata, directory)
                 if (summary := _nothing_to_do(recipe, directory, step=found.step)) is not None:
@@ -195,11 +196,13 @@ def _sinks(directory: pathlib.Path, *, recipe: recipe_lib.Recipe, start: int) ->
 def _check_same(saved: dict[str, Any], current: dict[str, Any], directory: pathlib.Path) -> None:
     remedy = f"Continue with the settings of {directory / 'recipe.yaml'}, or train in another directory (train.run_directory)."
     try:
-        # Stores may move: whether they are the same is for their fingerprint to say.
+        # Stores and the tokenizer's file may move: whether they are the same is for their fingerprints to say.
         moved = tuple(f"data.sources.{i}.path" for i in range(len(current["recipe"]["data"]["sources"])))
-        restore.check_recipe(saved["recipe"], current["recipe"], ignore=(*MAY_CHANGE, *moved))
+        restore.check_recipe(saved["recipe"], current["recipe"], ignore=(*MAY_CHANGE, *moved, "data.tokenizer.path"))
     except ValueError as e:
         raise ValueError(f"{directory} holds checkpoints of another recipe: {e}\n{remedy}") from None
+    if saved.get("tokenizer", current["tokenizer"]) != current["tokenizer"]:
+        raise ValueError(f"{directory} was trained with another tokenizer (data.tokenizer). {remedy}")
     if saved["data"] != current["data"]:
         raise ValueError(f"{directory}: the data stores are not those that this run was trained on so far. {remedy}")
 
