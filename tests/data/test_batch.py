@@ -23,7 +23,7 @@ def good() -> batch.Batch:
 def test_a_good_batch_passes_and_is_a_pytree():
     b = good()
     batch.validate(b, vocab_size=272)
-    assert len(jax.tree.leaves(b)) == len(dataclasses.fields(b)) == 11
+    assert len(jax.tree.leaves(b)) == len(dataclasses.fields(b)) == 13
     on_device = jax.jit(lambda x: x)(b)
     batch.validate(on_device, vocab_size=272)
     both = batch.concatenate([batch.rows(b, 1, 2), batch.rows(b, 0, 1)])

@@ -279,7 +279,7 @@ def test_unreadable_documents_are_written_down(data, tmp_path, programs, monkeyp
     monkeypatch.setattr(store.TokenStore, "read", read)
     outcome = train(data, tmp_path / "run")
     lines = record.read(tmp_path / "run" / "quarantine.jsonl")
-    assert lines == [{"source": "text", "document": 7, "error": "checksum mismatch"}]
+    assert lines == [{"source": "text", "document": 7, "where": "shard-00000.array_record, record 7", "error": "checksum mismatch"}]
     assert outcome.summary["bad_records"] == 1
     assert f"1 document(s) were unreadable and became padding: {tmp_path / 'run' / 'quarantine.jsonl'}" in capsys.readouterr().out
 
@@ -293,11 +293,11 @@ def test_a_resumed_run_writes_a_bad_document_once(tmp_path):
     found, hook = met()
     assert hook.write() == 0
     assert not (tmp_path / "q.jsonl").exists()
-    found.records.append(bad("a", 1, "x"))
+    found.records.append(bad("a", 1, "s", "x"))
     hook.after(1, None)
     hook.after(2, None)
     found, hook = met()
-    found.records += [bad("a", 1, "x"), bad("b", 1, "y")]
+    found.records += [bad("a", 1, "s", "x"), bad("b", 1, "s", "y")]
     assert hook.write() == 2
     assert [(r["source"], r["document"]) for r in record.read(tmp_path / "q.jsonl")] == [("a", 1), ("b", 1)]
 

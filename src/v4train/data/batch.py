@@ -36,6 +36,8 @@ class Batch:
         audio: dMel levels 0..15.
         audio_slot: the token's entry of ``audio[row]``, -1 for tokens that are not audio.
         source: number of the source a row is from, in the order of the config.
+        n_documents: documents, or parts of one, of the row. C is 1, or the hosts that share a row: each counts what begins in its slice.
+        n_bad: how many of them could not be read and are padding.
     """
 
     tokens: Int32[Array, "B S"]
@@ -49,6 +51,8 @@ class Batch:
     audio: UInt8[Array, "B A 80"]
     audio_slot: Int32[Array, "B S"]
     source: Int32[Array, "B"]
+    n_documents: Int32[Array, "B C"]
+    n_bad: Int32[Array, "B C"]
 
 
 def empty(rows: int, *, sequence_length: int, max_patches: int, max_audio_frames: int, image_patch: int, pad: int) -> Batch:
@@ -67,6 +71,8 @@ def empty(rows: int, *, sequence_length: int, max_patches: int, max_audio_frames
         audio=np.zeros((rows, frames, 80), np.uint8),
         audio_slot=np.full(by_token, -1, np.int32),
         source=np.zeros(rows, np.int32),
+        n_documents=np.zeros((rows, 1), np.int32),
+        n_bad=np.zeros((rows, 1), np.int32),
     )
 
 
@@ -107,6 +113,7 @@ def validate(batch: Batch, *, vocab_size: int) -> None:
         ("loss_weight", "a weight on padding or media", (~real | (b.modality > 0)) & (b.loss_weight != 0)),
         ("source", "a negative source", b.source[:, None] < 0),
         ("audio", "a level above 15", (b.audio > 15).any(axis=2)),
+        ("n_bad", "more bad documents than there are", (b.n_bad < 0) | (b.n_bad > b.n_documents)),
     ]
     for kind, name, slots, size in ((1, "patch_slot", b.patch_slot, b.patches.shape[1]), (2, "audio_slot", b.audio_slot, b.audio.shape[1])):
         used = slots >= 0
@@ -132,6 +139,8 @@ def _validate_shapes(batch: Batch) -> None:
         "patch_xy": ((rows, patches, 2), np.int16),
         "audio": ((rows, frames, 80), np.uint8),
         "source": ((rows,), np.int32),
+        "n_documents": ((rows, batch.n_documents.shape[1]), np.int32),
+        "n_bad": ((rows, batch.n_documents.shape[1]), np.int32),
         "modality": ((rows, length), np.int8),
         "loss_weight": ((rows, length), np.float32),
     }

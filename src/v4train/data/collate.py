@@ -24,10 +24,11 @@ _CACHED_DOCUMENTS = 8  # at least: a long document is cut into consecutive rows;
 
 
 class BadRecord(NamedTuple):
-    """A stored document that was replaced by padding."""
+    """A stored document that was replaced by padding: its source, its number in the store, its place on disk, and why."""
 
     source: str
     document: int
+    where: str
     error: str
 
 
@@ -51,7 +52,7 @@ class Quarantine:
                 return
             self._seen.add((record.source, record.document))
             self.records.append(record)
-        log.warning("data source %s: document %d became padding: %s", *record)
+        log.warning("data source %s: document %d (%s) became padding: %s", *record)
         if self._report is not None:
             self._report(record)
 
@@ -70,7 +71,7 @@ class Reader:
         try:
             return self._read(i)
         except document_lib.DamagedRecordError as error:
-            self._quarantine.add(BadRecord(self.name, i, str(error)))
+            self._quarantine.add(BadRecord(self.name, i, self.store.where(i), str(error)))
             return None
 
 
@@ -82,16 +83,30 @@ class Placement(NamedTuple):
     frame: int = 0
 
 
-def fill_row(batch: batch_lib.Batch, *, row: int, pieces: list[plan_lib.Piece], reader: Reader) -> None:
-    """Writes pieces into a row of an `empty` batch, in place; `finish` does the rest for all rows at once."""
+def fill_row(
+    batch: batch_lib.Batch, *, row: int, pieces: list[plan_lib.Piece], reader: Reader, segment: int = 1, continued: bool = False
+) -> None:
+    """Writes pieces into a row of an `empty` batch, in place; `finish` does the rest for all rows at once.
+
+    Args:
+        batch: of whole rows, or of one slice of each.
+        row: its number in the batch.
+        pieces: what the row, or the slice, holds. Those of a slice may begin or end inside a media span.
+        reader: of the source.
+        segment: the number of the first piece in the whole row.
+        continued: whether the first piece began in the slice before, which has counted it.
+    """
     place = Placement()
-    for segment, piece in enumerate(pieces, start=1):
+    batch.n_documents[row] += len(pieces) - continued
+    for i, piece in enumerate(pieces):
         document = reader.read(piece.document)
         if document is not None:
             where = slice(place.token, place.token + piece.stop - piece.start)
             batch.tokens[row, where] = document.tokens[piece.start : piece.stop]
-            batch.segment_ids[row, where] = segment
+            batch.segment_ids[row, where] = segment + i
             batch.positions[row, where] = np.arange(piece.start, piece.stop, dtype=np.int32)
+        elif i or not continued:
+            batch.n_bad[row] += 1
         place = _fill_media(batch, row=row, piece=piece, spans=reader.store.spans_of(piece.document), document=document, place=place)
 
 
@@ -104,17 +119,19 @@ def _fill_media(
     document: document_lib.Document | None,
     place: Placement,
 ) -> Placement:
-    """Copies the payloads of the spans inside a piece; returns where the next piece begins."""
+    """Copies the payloads of a piece's media; returns where the next piece begins."""
     patch, frame = place.patch, place.frame
     done = {document_lib.IMAGE: 0, document_lib.AUDIO: 0}  # payload of the document's spans before this one
     for kind, at, n in spans.tolist():
-        first, done[kind] = done[kind], done[kind] + n
-        if not piece.start <= at < piece.stop:
+        before, done[kind] = done[kind], done[kind] + n
+        start, stop = max(at, piece.start), min(at + n, piece.stop)
+        if start >= stop:
             continue
+        first, n = before + start - at, stop - start
         image = kind == document_lib.IMAGE
         slot = patch if image else frame
         if document is not None:
-            token = place.token + at - piece.start
+            token = place.token + start - piece.start
             slots = batch.patch_slot if image else batch.audio_slot
             slots[row, token : token + n] = np.arange(slot, slot + n, dtype=np.int32)
             if image:

@@ -243,6 +243,11 @@ class TokenStore:
         """``(kind, at, n)`` of document ``i``'s media, from the index."""
         return self.spans[self.span_start[i] : self.span_start[i + 1]]
 
+    def where(self, i: int) -> str:
+        """The place of document ``i`` on disk, for messages: file and record."""
+        shard = bisect.bisect_right(self._shard_end, i)
+        return f"{self.manifest['shards'][shard]['name']}, record {i - (self._shard_end[shard - 1] if shard else 0)}"
+
     def read(self, i: int) -> document_lib.Document:
         """Document ``i``, checked.
 
