@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4train.ops import expert_exchange, grouped_matmul, select
+from v4train.ops import expert_exchange, grouped_matmul, select, top_k
 
 IMPLEMENTATIONS = {
     "grouped_matmul": get_args(grouped_matmul.Implementation),
     "expert_exchange": get_args(expert_exchange.Transport),
+    "top_k": get_args(top_k.Named),
 }
 
 
@@ -37,3 +38,19 @@ def test_unknown_names_are_refused_with_the_options():
         select.implementation("matmul")
     with pytest.raises(ValueError, match=r"grouped_matmul has no implementation for platform 'abacus'; there is one for cpu, gpu, tpu"):
         select.implementation("grouped_matmul", platform="abacus")
+
+
+def test_using_changes_one_op_of_what_is_traced_inside_and_nothing_else():
+    def latest(scores, *, k):
+        return scores.shape[-1] - 1 - jnp.broadcast_to(jnp.arange(k), (*scores.shape[:-1], k))
+
+    before = {op: select.implementation(op) for op in select.TABLE}
+    with select.using("top_k", implementation=latest):
+        found = {op: select.implementation(op) for op in select.TABLE}
+        assert select.implementation("top_k", platform="cpu") == "earliest"
+        picked = jax.jit(lambda x: top_k.top_k(x, k=2, implementation=select.implementation("top_k")))(jnp.zeros((1, 4)))
+    assert found == before | {"top_k": latest}
+    assert picked.tolist() == [[3, 2]]
+    assert {op: select.implementation(op) for op in select.TABLE} == before
+    with pytest.raises(ValueError, match="unknown op 'sort'; choose one of"), select.using("sort", implementation=latest):
+        pass

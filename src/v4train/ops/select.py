@@ -2,8 +2,14 @@
 
 A platform's entry is the fastest implementation that runs there, never a fallback taken silently. A kernel joins by
 one file in `ops/kernels/` and one row here; the parity tests run over all rows that the present platform can run.
+
+A program that is traced inside `using` has another implementation of one op: for comparisons that need it, asked for by name at the place
+that traces. Ops read the table while they are traced, so a function compiled before keeps what it has.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,7 +18,9 @@ TABLE: dict[str, dict[str, str]] = {
     # `ragged_dot` is expanded to a dense product over all groups on GPU, G times the work: correct, and slow until there is a kernel.
     "grouped_matmul": {"cpu": "blocked", "gpu": "ragged_dot", "tpu": "ragged_dot"},
     "expert_exchange": {"cpu": "emulated", "gpu": "ragged", "tpu": "ragged"},
+    "top_k": {"cpu": "earliest", "gpu": "earliest", "tpu": "earliest"},
 }
+_chosen: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("v4train_implementations", default=None)
 
 
 def implementation(op: str, *, platform: str | None = None) -> Any:
@@ -27,7 +35,26 @@ def implementation(op: str, *, platform: str | None = None) -> Any:
     """
     if op not in TABLE:
         raise ValueError(f"unknown op {op!r}; choose one of {', '.join(sorted(TABLE))}")
+    chosen = _chosen.get() or {}
+    if platform is None and op in chosen:
+        return chosen[op]
     platform = platform or jax.default_backend()
     if platform not in TABLE[op]:
         raise ValueError(f"{op} has no implementation for platform {platform!r}; there is one for {', '.join(sorted(TABLE[op]))}")
     return TABLE[op][platform]
+
+
+@contextlib.contextmanager
+def using(op: str, *, implementation: Any) -> Iterator[None]:
+    """What is traced inside takes this implementation of ``op`` instead of the platform's.
+
+    Raises:
+        ValueError: the table has no such row.
+    """
+    if op not in TABLE:
+        raise ValueError(f"unknown op {op!r}; choose one of {', '.join(sorted(TABLE))}")
+    token = _chosen.set({**(_chosen.get() or {}), op: implementation})
+    try:
+        yield
+    finally:
+        _chosen.reset(token)

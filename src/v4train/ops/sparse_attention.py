@@ -30,7 +30,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from v4train.ops import gather
+from v4train.ops import gather, select
+from v4train.ops import top_k as top_k_lib
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 _TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -211,7 +212,8 @@ def _index_scores(chunk: _Chunk, index_key: Array | None) -> Array:
 
 def _select(scores: Array, seen: Array, top_k: int) -> tuple[Array, Array]:
     """Scores and places ``[B, C, k]`` of the best visible entries; invisible ones fill up where there are fewer than k."""
-    _, picked = jax.lax.top_k(jax.lax.stop_gradient(jnp.where(seen, scores, _LOWEST)), top_k)
+    implementation = select.implementation("top_k")
+    picked = top_k_lib.top_k(jnp.where(seen, scores, _LOWEST), k=top_k, implementation=implementation)
     return gather.take_elements(scores, picked), picked
 
 
