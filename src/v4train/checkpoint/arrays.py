@@ -5,7 +5,8 @@
 NamedTuple), empty nodes leave no trace, and a comparison with what a run expects is a comparison of two tables.
 
 **Format.** OCDBT packs all arrays of a process into a few data files, Zarr 3 within it. Chunks are shards, cut to `CHUNK_BYTES` so
-that a finer mesh does not read whole old shards for each new one. No compression: fp32 masters and moments are noise to it (7%
+that a finer mesh does not read whole old shards for each new one; large arrays are cut along leading axes (layers, experts) first, so
+that one matrix can be read without its neighbours (`streaming`). No compression: fp32 masters and moments are noise to it (7%
 smaller) and it would cost more time than the disk does. Only replica 0 of an array is written. The sharding is *not* stored: the
 reader brings its own.
 
@@ -58,7 +59,10 @@ def start_write(named: dict[str, jax.Array], directory: pathlib.Path) -> list:
 
     # An array without elements has no chunks, which Orbax refuses; its row in the table says all there is to know.
     stored = {name: leaf for name, leaf in named.items() if leaf.size}
-    save_args = dict.fromkeys(stored, ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES))
+    save_args = {
+        name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(range(leaf.ndim - 2)) if leaf.nbytes > CHUNK_BYTES else ())
+        for name, leaf in stored.items()
+    }
     return asyncio.run(_handler().async_save(epath.Path(directory), args=ocp.args.PyTreeSave(stored, save_args=save_args))) or []
 
 
@@ -67,6 +71,19 @@ def finish_write(directory: pathlib.Path) -> None:
     from etils import epath
 
     _handler().finalize(epath.Path(directory))
+
+
+def tree_metadata(table: Table) -> dict[str, Any]:
+    """What Orbax writes into ``_METADATA`` next to arrays of these names, and reads before them."""
+    value = {"value_type": "jax.Array", "skip_deserialize": False}
+    tree = {str((name,)): {"key_metadata": [{"key": name, "key_type": 2}], "value_metadata": value} for name in table}
+    return {
+        "tree_metadata": tree,
+        "use_ocdbt": True,
+        "use_zarr3": True,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
 
 
 def written_by(name: str, *, host: int) -> bool:

@@ -58,6 +58,21 @@ def list_steps(directory: pathlib.Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def locate(source: pathlib.Path) -> tuple[pathlib.Path, int | None]:
+    """The checkpoints, and the step or None, that a path means: a run directory, the checkpoints in it, or one step of them.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if (match := _FINISHED.fullmatch(source.absolute().name)) and (source / METADATA).is_file():
+        return source.absolute().parent, int(match[1])
+    for directory in (source / "checkpoints", source):
+        if list_steps(directory):
+            return directory.absolute(), None
+    what = "holds no finished checkpoint" if source.is_dir() else "does not exist"
+    raise ValueError(f"{source} {what}: give a run directory (with checkpoints/step_...), or one step of it")
+
+
 def publish(directory: pathlib.Path, *, step: int) -> None:
     """Makes a complete step visible, after setting aside the steps that are not in its past."""
     for other in list_steps(directory):
