@@ -62,6 +62,10 @@ BAD = {
         ["train.run_directory=runs/{nmae}"],
         "train.run_directory 'runs/{nmae}' has braces other than {name}, the recipe's name; remove them",
     ),
+    "_draws_belong_to_a_source": (
+        ["init_draws=[embedding/image]"],
+        "init_draws names ['embedding/image'], but without init_from everything is drawn; remove it",
+    ),
     "_schedule_fits": (
         ["train.steps=3"],
         "optimizer.schedule: warmup_steps 2 + decay_steps 2 = 4 do not fit into a run of 3 steps; shorten them or train longer "

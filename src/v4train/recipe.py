@@ -27,6 +27,11 @@ class Recipe(base.Config):
     """Of the run; by default also of its directory."""
     seed: int = 0
     """Of the parameters' first values."""
+    init_from: str | None = None
+    """Where the first values come from: a run directory, an import (`v4train convert import`), or one step of either. Parameters, router
+    biases and hash tables are taken; optimizer, schedule and data start anew. null: drawn from the seed. A resumed run does not read it."""
+    init_draws: tuple[str, ...] = ()
+    """Parameters that init_from lacks and that are drawn from the seed, each with everything below its path: [embedding/image]."""
     mesh: sharding_config.MeshConfig = sharding_config.MeshConfig()
     numerics: numerics_config.NumericsConfig = numerics_config.NumericsConfig()
     model: model_config.ModelConfig
@@ -102,6 +107,12 @@ def _run_directory_is_a_path(r: Recipe) -> str | None:
     return None
 
 
+def _draws_belong_to_a_source(r: Recipe) -> str | None:
+    if r.init_draws and r.init_from is None:
+        return f"init_draws names {list(r.init_draws)}, but without init_from everything is drawn; remove it"
+    return None
+
+
 def _schedule_fits(r: Recipe) -> str | None:
     try:
         r.optimizer.schedule.check(r.train.steps)
@@ -119,6 +130,7 @@ CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
     _image_stem_fits,
     _audio_stem_fits,
     _run_directory_is_a_path,
+    _draws_belong_to_a_source,
     _schedule_fits,
 )
 

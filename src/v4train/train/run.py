@@ -16,7 +16,7 @@ from v4train.config import dump, load
 from v4train.core import hardware
 from v4train.model import count, flops
 from v4train.optim import schedule
-from v4train.train import build, loop, resilience
+from v4train.train import build, initial, loop, resilience
 from v4train.train import state as state_lib
 from v4train.train import summary as summary_lib
 from v4train.train.hooks import checkpoints, evaluation, first_step, metrics, progress, quarantine, record
@@ -75,6 +75,7 @@ def run(loaded: load.Loaded[recipe_lib.Recipe], *, program_started: float) -> Ou
             metadata = {"recipe": dump.values(recipe), "data": parts.data.fingerprint, "seed": recipe.seed}
             metadata["tokenizer"] = parts.data.tokenizer.fingerprint
             if found is not None:
+                initial.check_is_run(found.metadata, directory)
                 _check_same(found.metadata, metadata, directory)
                 if (summary := _nothing_to_do(recipe, directory, step=found.step)) is not None:
                     return Outcome(summary, None)
@@ -150,7 +151,11 @@ def _train(
 
 def _state(parts: build.Parts, directory: pathlib.Path, found: restore.Description | None, show: progress.Progress) -> state_lib.State:
     if found is None:
-        return build.first_state(parts)
+        if parts.recipe.init_from is None:
+            return build.first_state(parts)
+        begun = initial.load(parts, source=parts.recipe.init_from, draws=parts.recipe.init_draws)
+        show.say(begun.told)
+        return begun.state
     where = directory / "checkpoints"
     for step, damage in found.skipped:
         show.say(f"the checkpoint of step {step} is damaged and not used: {damage}")

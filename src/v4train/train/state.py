@@ -58,6 +58,18 @@ def create(seed: int, *, declarations: dict, optimizer: optax.GradientTransforma
     drawn = param.initialise(declarations, seed, shardings=jax.tree.map(lambda x: x.sharding, tree.merge(placed.params, placed.buffers)))
     params = tree.select(drawn, declarations=declarations, keep=lambda d: d.trained)
     buffers = tree.select(drawn, declarations=declarations, keep=lambda d: not d.trained)
+    return begin(params, buffers, optimizer=optimizer, placed=placed)
+
+
+def begin(params: dict, buffers: dict, *, optimizer: optax.GradientTransformation, placed: State) -> State:
+    """A state before its first step, of given parameters.
+
+    Args:
+        params: the trained ones, placed.
+        buffers: the others, placed.
+        optimizer: of the trained ones.
+        placed: shapes and shardings of the state.
+    """
     started = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, placed.optimizer))(params)
     zero = jax.device_put(np.zeros((), np.int32), placed.step.sharding)
     return State(zero, params, buffers, started, zero.copy())
