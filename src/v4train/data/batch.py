@@ -57,22 +57,31 @@ class Batch:
 
 def empty(rows: int, *, sequence_length: int, max_patches: int, max_audio_frames: int, image_patch: int, pad: int) -> Batch:
     """A batch of padding, to be filled in place."""
+    budgets = {"max_patches": max_patches, "max_audio_frames": max_audio_frames}
+    batch = allocate(rows, sequence_length=sequence_length, image_patch=image_patch, **budgets)
+    for name, array in vars(batch).items():
+        array[...] = {"tokens": pad, "patch_slot": -1, "audio_slot": -1}.get(name, 0)
+    return batch
+
+
+def allocate(rows: int, *, sequence_length: int, max_patches: int, max_audio_frames: int, image_patch: int) -> Batch:
+    """Arrays with anything in them: a gigabyte of patches is written once, not twice, and numpy asks for huge pages."""
     by_token = (rows, sequence_length)
     patches, frames = max(1, max_patches), max(1, max_audio_frames)
     return Batch(
-        tokens=np.full(by_token, pad, np.int32),
-        segment_ids=np.zeros(by_token, np.int32),
-        positions=np.zeros(by_token, np.int32),
-        modality=np.zeros(by_token, np.int8),
-        loss_weight=np.zeros(by_token, np.float32),
-        patches=np.zeros((rows, patches, 3 * image_patch * image_patch), np.uint8),
-        patch_slot=np.full(by_token, -1, np.int32),
-        patch_xy=np.zeros((rows, patches, 2), np.int16),
-        audio=np.zeros((rows, frames, 80), np.uint8),
-        audio_slot=np.full(by_token, -1, np.int32),
-        source=np.zeros(rows, np.int32),
-        n_documents=np.zeros((rows, 1), np.int32),
-        n_bad=np.zeros((rows, 1), np.int32),
+        tokens=np.empty(by_token, np.int32),
+        segment_ids=np.empty(by_token, np.int32),
+        positions=np.empty(by_token, np.int32),
+        modality=np.empty(by_token, np.int8),
+        loss_weight=np.empty(by_token, np.float32),
+        patches=np.empty((rows, patches, 3 * image_patch * image_patch), np.uint8),
+        patch_slot=np.empty(by_token, np.int32),
+        patch_xy=np.empty((rows, patches, 2), np.int16),
+        audio=np.empty((rows, frames, 80), np.uint8),
+        audio_slot=np.empty(by_token, np.int32),
+        source=np.empty(rows, np.int32),
+        n_documents=np.empty((rows, 1), np.int32),
+        n_bad=np.empty((rows, 1), np.int32),
     )
 
 

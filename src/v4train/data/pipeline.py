@@ -82,10 +82,8 @@ class Pipeline:
         self.tokens_per_step = batch_rows * config.sequence_length
         self.quarantine = collate.Quarantine(on_bad_record)
         stores = [_open(source, config=config, tokenizer=self.tokenizer) for source in config.sources]
-        share = _CACHE_BYTES // len(stores)
         self._readers = [
-            collate.Reader(store, name=name, quarantine=self.quarantine, cache_bytes=share)
-            for store, name in zip(stores, self.sources, strict=True)
+            collate.Reader(store, name=name, quarantine=self.quarantine) for store, name in zip(stores, self.sources, strict=True)
         ]
         self._plan = functools.cache(self._make_plan)
         for i in range(len(stores)):
@@ -108,18 +106,16 @@ class Pipeline:
 
     def _collate(self, rows: list[mixture_lib.SourceRow], *, split: Split) -> batch_lib.Batch:
         config = self._config
-        batch = batch_lib.empty(
+        batch = batch_lib.allocate(
             len(rows),
             sequence_length=config.sequence_length,
             max_patches=config.max_patches,
             max_audio_frames=config.max_audio_frames,
             image_patch=config.image_patch,
-            pad=self.tokenizer.pad,
         )
-        for i, (source, row) in enumerate(rows):
-            batch.source[i] = source
-            collate.fill_row(batch, row=i, pieces=self._plan(source, split).row(row), reader=self._readers[source])
-        collate.finish(batch, tokenizer=self.tokenizer)
+        batch.source[...] = [source for source, _ in rows]
+        parts = [collate.RowPieces(self._readers[source], self._plan(source, split).row(row)) for source, row in rows]
+        collate.fill(batch, parts, tokenizer=self.tokenizer)
         return batch
 
     def iterate(self, start_step: int) -> Iterator[batch_lib.Batch]:
@@ -211,12 +207,12 @@ class _Steps:
         return self._read(self._start + index)
 
 
-def _open(source: config_lib.SourceConfig, *, config: config_lib.DataConfig, tokenizer: tokenizer_lib.Tokenizer) -> store_lib.TokenStore:
+def _open(source: config_lib.SourceConfig, *, config: config_lib.DataConfig, tokenizer: tokenizer_lib.Tokenizer) -> store_lib.Store:
     try:
-        store = store_lib.TokenStore.open(source.path)
+        store = store_lib.TokenStore.open(source.path, cache_bytes=_CACHE_BYTES // len(config.sources))
     except ValueError as error:
         raise ValueError(f"data source {source.name!r}: {error}") from None
-    if store.manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+    if store.tokenizer_fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"data source {source.name!r}: {source.path} was built with another tokenizer; build it again or change `tokenizer`"
         )
