@@ -17,6 +17,7 @@ import numpy as np
 
 from v4train.config import explain
 from v4train.interop import names, quantised
+from v4train.model import config as config_lib
 
 _PACKED = np.dtype(np.int8)
 _FLOATS = (np.dtype(np.float32), quantised.BF16, np.dtype(np.float16))
@@ -50,27 +51,27 @@ class Source:
         name: of the stored tensor, in the spelling of the file.
         format: "plain", "fp8" or "fp4".
         scale: name of the tensor with the scales; empty for "plain".
-        part: of the stored tensor that is the slot's; empty: all of it.
+        part: of the stored tensor that is the slot's; None: all of it.
     """
 
     name: str
     format: Literal["plain", "fp8", "fp4"] = "plain"
     scale: str = ""
-    part: tuple[int | slice, ...] = ()
+    part: names.Part | None = None
 
 
-def check(slots: tuple[names.Slot, ...], *, table: Mapping[str, Stored], subject: str = "the checkpoint") -> dict[str, Source]:
-    """The source of each of the model's tensors, by released name. Tensors of `names.EXTRAS_FILE` that may be absent have none then.
+def check(model: config_lib.ModelConfig, *, table: Mapping[str, Stored], subject: str = "the checkpoint") -> dict[str, Source]:
+    """The source of each of the model's tensors, by released name. Tensors of `names.EXTRAS_STEM` that may be absent have none then.
 
     Args:
-        slots: of the model.
         table: stored name -> dtype and shape, of all files.
         subject: what the error calls the checkpoint.
 
     Raises:
         ValueError: names every missing, unknown, misshapen, ill-typed and ambiguous tensor.
     """
-    matching = _Matching(table)
+    matching = _Matching(table, experts=model.moe.experts)
+    slots = names.slots(model)
     for slot in slots:
         matching.find(slot)
     matching.unknown(slots)
@@ -82,8 +83,8 @@ def check(slots: tuple[names.Slot, ...], *, table: Mapping[str, Stored], subject
 class _Matching:
     """Collects sources and problems, ``(what is wrong, name, note)``, slot by slot."""
 
-    def __init__(self, table: Mapping[str, Stored]):
-        self.table = table
+    def __init__(self, table: Mapping[str, Stored], *, experts: int):
+        self.table, self.experts = table, experts
         self.by_name: dict[str, str] = {}
         self.used: set[str] = set()
         self.sources: dict[str, Source] = {}
@@ -101,8 +102,8 @@ class _Matching:
         if (stored := self.by_name.get(slot.released)) is not None:
             self.used.add(stored)
             self._one(slot, stored)
-        elif (place := names.fused(slot)) is not None and (stored := self.by_name.get(place[0])) is not None:
-            self._part(slot, stored, place[1])
+        elif (part := names.fused(slot, experts=self.experts)) is not None and (stored := self.by_name.get(part.name)) is not None:
+            self._part(slot, stored, part)
         elif self.extras or not slot.otherwise:
             self.problems.append(("missing", slot.released, ""))
 
@@ -133,20 +134,17 @@ class _Matching:
         elif self._expect(slot.released, info.shape, shapes[0]) and self._expect(name, self.table[scale].shape, shapes[1]):
             self.sources[slot.released] = Source(stored, format, scale)
 
-    def _part(self, slot: names.Slot, stored: str, part: tuple[int | slice, ...]) -> None:
+    def _part(self, slot: names.Slot, stored: str, part: names.Part) -> None:
         info, first = self.table[stored], stored not in self.used
         self.used.add(stored)
-        expert, rows = part
-        assert isinstance(expert, int)
-        assert isinstance(rows, slice)
         if info.dtype not in _FLOATS:
             if first:
                 self.problems.append(
                     ("ill-typed", stored, f"{info.dtype}, expected {_either(_FLOATS)}: fused experts are not read quantised")
                 )
-        elif len(info.shape) != 3 or info.shape[0] <= expert or info.shape[1] < rows.stop or info.shape[2] != slot.shape[1]:
+        elif tuple(info.shape) != part.shape:
             if first:
-                self.problems.append(("misshapen", stored, f"{list(info.shape)} holds no expert {expert} of {list(slot.shape)}"))
+                self.problems.append(("misshapen", stored, f"{list(info.shape)}, expected {list(part.shape)}"))
         else:
             self.sources[slot.released] = Source(stored, part=part)
 

@@ -13,7 +13,7 @@ matrices of attention, shared expert and MTP input in FP8 and the routed experts
 small or decides discretely (norms, router, compressors, indexer weights) is BF16, and what multiplies streams or shifts scores is FP32.
 
 What only our models have is named too, under ``v4train.``: stems of images and audio, and the router's bias for modalities other than
-text. It goes to a file of its own, `EXTRAS_FILE`, which no index lists, so `transformers` loads the rest without an unexpected key. (The
+text. It goes to a file of its own (`EXTRAS_STEM`), which no index lists, so `transformers` loads the rest without an unexpected key. (The
 rejected alternative, the same names in the main files, makes every loader warn of unexpected keys.)
 """
 
@@ -29,8 +29,8 @@ from v4train.core import param
 from v4train.model import config as config_lib
 from v4train.model import stack, transformer
 
-EXTRAS_FILE = "multimodal.safetensors"
-"""The file beside the released ones with the tensors whose names begin with ``v4train.``."""
+EXTRAS_STEM = "multimodal"
+"""``multimodal.safetensors`` lies beside the released files, with the tensors whose names begin with ``v4train.``."""
 
 Turn = Literal["same", "transposed", "grouped"]
 Format = Literal["fp4", "fp8", "bf16", "fp32", "int64"]
@@ -149,7 +149,7 @@ class Slot:
         kind: role of the tensor, a key of `FORMATS`.
         block_shape: of the block, ours.
         dtype: of our parameter, as declared.
-        otherwise: of a tensor of `EXTRAS_FILE` that may be absent: the released tensor that it then repeats, or "zeros".
+        otherwise: of a tensor of `EXTRAS_STEM` that may be absent: the released tensor that it then repeats, or "zeros".
     """
 
     path: str
@@ -172,7 +172,7 @@ class Slot:
 
     @property
     def extra(self) -> bool:
-        """Whether it belongs to `EXTRAS_FILE`."""
+        """Whether it belongs to `EXTRAS_STEM`."""
         return self.released.startswith("v4train.")
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
@@ -206,7 +206,7 @@ def stored_as(slot: Slot, precision: Precision) -> Format:
 
 
 def slots(model: config_lib.ModelConfig) -> tuple[Slot, ...]:
-    """Every tensor of a checkpoint of this model, in the order of the layers: the released ones and those of `EXTRAS_FILE`."""
+    """Every tensor of a checkpoint of this model, in the order of the layers: the released ones and those of `EXTRAS_STEM`."""
     declared = param.flatten(param.declarations(transformer.Transformer(model)))
     found = list(_from_rows(_TOP, declared, ours="", place=(), prefix="", spelled=""))
     for layer, (path, place) in enumerate(_places(model)):
@@ -289,10 +289,24 @@ def canonical(name: str) -> str:
     return layer + leaf
 
 
-def fused(slot: Slot) -> tuple[str, tuple[int | slice, ...]] | None:
-    """Where an expert's matrix is when the experts are one array: its `canonical` name, and the part of it; None for other tensors."""
+class Part(NamedTuple):
+    """An expert's matrix within the array of all experts of a layer: ``name`` (`canonical`) of the array, ``[expert, rows]`` of it."""
+
+    name: str
+    expert: int
+    rows: slice
+    shape: tuple[int, int, int]  # of the array
+
+
+def fused(slot: Slot, *, experts: int) -> Part | None:
+    """Where an expert's matrix is when the experts of a layer are one array; None for other tensors.
+
+    Args:
+        experts: routed experts of a layer.
+    """
     if slot.kind != "routed_expert" or not slot.spelled:
         return None
-    expert, out = slot.index[-1], slot.block_shape[-1]
-    rows = {"w1": slice(0, out), "w2": slice(0, out), "w3": slice(out, 2 * out)}[slot.path[-2:]]
-    return canonical(slot.spelled), (expert, rows)
+    (out, width), expert, last = slot.shape, slot.index[-1], slot.path[-2:]
+    assert isinstance(expert, int)
+    first, height = {"w1": (0, 2 * out), "w2": (0, out), "w3": (out, 2 * out)}[last]
+    return Part(canonical(slot.spelled), expert, slice(first, first + out), (experts, height, width))
