@@ -268,9 +268,9 @@ def mxfp4_unpack(values: np.ndarray, *, scale: np.ndarray, name: str = "the matr
     factors, codes = _factors(scale, shape=scale_shape, name=name), values.view(np.uint8)
     out = np.empty((rows_of_values, 2 * half), np.float32)
     for rows in _row_chunks(out.shape):
-        product = _E2M1_PAIRS.take(codes[rows]).view(np.float32).reshape(-1, scale_shape[1], FP4_GROUP)
+        product = _E2M1_PAIRS.take(codes[rows]).view(np.float32).reshape(rows.stop - rows.start, scale_shape[1], FP4_GROUP)
         _multiply(product, factors[rows][..., None], name=name)
-        out[rows] = product.reshape(-1, 2 * half)
+        out[rows] = product.reshape(out[rows].shape)
     return out
 
 
