@@ -9,6 +9,7 @@ since without loading they can do no more than look odd.
 import base64
 import hashlib
 import html
+import pathlib
 
 from v4train.cli.html_page import style
 
@@ -60,3 +61,18 @@ def radio(name: str, options: dict[str, str], *, label: str) -> str:
         for i, (value, text) in enumerate(options.items())
     )
     return f'<span class="group">{label}<span class="choice" role="radiogroup" aria-label="{label}">{items}</span></span>'
+
+
+def write(text: str, *, path: pathlib.Path) -> None:
+    """Writes a page, with the folders above it.
+
+    Raises:
+        ValueError: the path is a directory or cannot be written.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: is a directory; give a file, for example {path / 'page.html'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot write the page ({error.strerror}); give a path that can be written") from error
