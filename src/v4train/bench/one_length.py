@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from v4train import recipe as recipe_lib
 from v4train.bench import machine
-from v4train.core import param, tree
+from v4train.core import compiler, param, tree
 from v4train.data import batch as batch_lib
 from v4train.model import count, transformer
 from v4train.sharding import constrain
@@ -56,7 +56,7 @@ def measure(recipe: recipe_lib.Recipe, *, steps: int) -> dict[str, Any]:
     started = time.perf_counter()
     with constrain.on_mesh(mesh):
         lowered = jax.jit(step, donate_argnums=0).lower(placed, batch)
-        compiled = lowered.compile(build.COMPILER_OPTIONS.get(jax.default_backend()))
+        compiled = lowered.compile(compiler.options())
     compile_seconds, after_compile = time.perf_counter() - started, machine.peak_resident_bytes()
     state, seconds, losses = _first_state(recipe, declarations, optimizer, placed), [], []
     for i in range(steps):

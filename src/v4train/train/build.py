@@ -5,7 +5,6 @@ import contextvars
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +12,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from v4train import recipe as recipe_lib
-from v4train.core import axes, param, tree
+from v4train.core import axes, compiler, param, tree
 from v4train.data import batch as batch_lib
 from v4train.data import pipeline
 from v4train.model import transformer
@@ -23,17 +22,6 @@ from v4train.sharding import mesh as mesh_lib
 from v4train.train import loss as loss_lib
 from v4train.train import state as state_lib
 from v4train.train import step as step_lib
-
-# On a CPU the program is small and compiled anew for each recipe: half the compile time is worth a few percent of speed.
-_CPU_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
-# By default XLA:CPU drops the barriers around recomputed layers and schedules for concurrency, not memory: all layers' recomputed
-# activations would be alive at once, as if nothing were recomputed.
-_CPU_OPTIONS |= {"xla_disable_hlo_passes": "cse_barrier_expander", "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-if jax.__version_info__ < (0, 12):
-    _CPU_OPTIONS["xla_cpu_use_fusion_emitters"] = False  # newer compilers no longer have the choice
-COMPILER_OPTIONS: dict[str, Any] = {"cpu": _CPU_OPTIONS}
-"""What XLA is told, by platform."""
-
 
 SMALLEST_SPREAD = 2**24
 """Elements of all Muon matrices below which every device orthogonalises them itself: moving them would take longer."""
@@ -130,7 +118,7 @@ def compile_program(p: Parts) -> Program:
         "step": lambda: jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated)).lower(p.state, p.batch),
         "evaluate": lambda: jax.jit(evaluate, out_shardings=replicated).lower(p.state, p.batch),
     }
-    options = COMPILER_OPTIONS.get(jax.default_backend())
+    options = compiler.options()
     with constrain.on_mesh(p.mesh), concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
         futures = {}
         for name, lower in jobs.items():
