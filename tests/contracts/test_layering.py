@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 """Lowest first. An import goes from a layer to a lower one, or stays inside its package."""
 LEVEL = {package: level for level, layer in enumerate(LAYERS) for package in layer}
-ONLY = {"interop": {"model", "checkpoint", "numerics", "core", "config"}}
+ONLY = {"interop": {"model", "checkpoint", "ops", "numerics", "core", "config"}}
 """Packages that may import less than what lies below them."""
 STARTS_JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 """Packages from outside that import JAX."""

@@ -12,6 +12,7 @@ from v4train.ops import expert_exchange, grouped_matmul, select, top_k
 IMPLEMENTATIONS = {
     "grouped_matmul": get_args(grouped_matmul.Implementation),
     "expert_exchange": get_args(expert_exchange.Transport),
+    "sparse_attention": ("chunked",),
     "top_k": get_args(top_k.Named),
 }
 

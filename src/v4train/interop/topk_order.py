@@ -22,13 +22,14 @@ is a comparison of two scores per query; rows are sorted on the host only where 
 """
 
 import dataclasses
-import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-_INVISIBLE = float(np.finfo(np.float32).min)
+INVISIBLE = float(np.finfo(np.float32).min)
+"""The score of an entry that a query does not see."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,27 +45,31 @@ class Order:
 
     def __call__(self, scores: Float[Array, "... n"], *, k: int) -> Int[Array, "... k"]:
         """Places of the k highest scores. Works under jit, grad, scan and remat; invisible entries have the lowest fp32 value."""
-        scores = jax.lax.stop_gradient(scores)
-        total = scores.shape[-1]
-        if k >= total:
-            return jax.lax.top_k(scores, k)[1]
-        best, picked = jax.lax.top_k(scores, k + 1)
-        picked = picked[..., :k]
-        tied = (best[..., k - 1] == best[..., k]) & (best[..., k] > _INVISIBLE)
-        result = jax.ShapeDtypeStruct(picked.shape, picked.dtype)
-        on_host = functools.partial(_break_ties, entries=total if self.entries is None else self.entries)
-
-        def as_the_reference(scores: Array, picked: Array, tied: Array) -> Array:
-            return jax.pure_callback(on_host, result, scores, picked, tied)
-
-        return jax.lax.cond(tied.any(), as_the_reference, lambda scores, picked, tied: picked, scores, picked, tied)
+        visible = (scores > INVISIBLE).sum(axis=-1, dtype=jnp.int32)
+        least = scores.shape[-1] if self.entries is None else self.entries
+        return pick(scores, k=k, existing=jnp.maximum(visible, least))
 
 
-def _break_ties(scores: Array, picked: Array, tied: Array, *, entries: int) -> np.ndarray:
-    values, chosen = np.asarray(scores), np.array(picked)
+def pick(scores: Float[Array, "... n"], *, k: int, existing: Int[Array, "..."]) -> Int[Array, "... k"]:
+    """Places of the k highest scores, when the first ``existing`` entries of a row are in the list. Not differentiated."""
+    scores = jax.lax.stop_gradient(scores)
+    if k >= scores.shape[-1]:
+        return jax.lax.top_k(scores, k)[1]
+    best, picked = jax.lax.top_k(scores, k + 1)
+    picked = picked[..., :k]
+    tied = (best[..., k - 1] == best[..., k]) & (best[..., k] > INVISIBLE)
+    result = jax.ShapeDtypeStruct(picked.shape, picked.dtype)
+
+    def on_host(scores: Array, picked: Array, tied: Array, existing: Array) -> Array:
+        return jax.pure_callback(_break_ties, result, scores, picked, tied, existing)
+
+    return jax.lax.cond(tied.any(), on_host, lambda scores, picked, tied, existing: picked, scores, picked, tied, existing)
+
+
+def _break_ties(scores: Array, picked: Array, tied: Array, existing: Array) -> np.ndarray:
+    values, chosen, counts = np.asarray(scores), np.array(picked), np.asarray(existing)
     for row in zip(*np.nonzero(np.asarray(tied)), strict=True):
-        visible = int(np.count_nonzero(values[row] > _INVISIBLE))
-        chosen[row] = select(values[row][: max(entries, visible)], k=chosen.shape[-1])
+        chosen[row] = select(values[row][: counts[row]], k=chosen.shape[-1])
     return chosen
 
 

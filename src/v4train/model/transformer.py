@@ -47,9 +47,14 @@ class Transformer(nnx.Module):
         )
         self.mtp = None if config.mtp is None else param.tag(mtp.MultiTokenPrediction(config), "mtp")
 
-    def __call__(self, inputs: context_lib.Inputs) -> Outputs:
-        """Hidden states of every position; `token_losses` and `logits` turn them into predictions."""
-        context = context_lib.make(inputs, config=self.config)
+    def __call__(self, inputs: context_lib.Inputs, *, context: context_lib.Context | None = None) -> Outputs:
+        """Hidden states of every position; `token_losses` and `logits` turn them into predictions.
+
+        Args:
+            inputs: the batch.
+            context: what the layers look at, if it is not what `context.make` finds in the batch.
+        """
+        context = context or context_lib.make(inputs, config=self.config)
         embedded = constrain.constrain(_gathered(self.embedding)(inputs), "B S D")
         streams = jnp.broadcast_to(embedded[:, :, None], (*embedded.shape[:2], self.config.hyper.streams, embedded.shape[-1]))
         streams, stats = self.stack(constrain.constrain(streams, "B S N D"), context)

@@ -18,6 +18,7 @@ TABLE: dict[str, dict[str, str]] = {
     # `ragged_dot` is expanded to a dense product over all groups on GPU, G times the work: correct, and slow until there is a kernel.
     "grouped_matmul": {"cpu": "blocked", "gpu": "ragged_dot", "tpu": "ragged_dot"},
     "expert_exchange": {"cpu": "emulated", "gpu": "ragged", "tpu": "ragged"},
+    "sparse_attention": {"cpu": "chunked", "gpu": "chunked", "tpu": "chunked"},
     "top_k": {"cpu": "earliest", "gpu": "earliest", "tpu": "earliest"},
 }
 _chosen: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("v4train_implementations", default=None)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from v4train.core import param
 from v4train.model import config as config_lib
 from v4train.model import context as context_lib
-from v4train.ops import norm, rope, sparse_attention
+from v4train.ops import norm, rope, select, sparse_attention
 
 
 class AttentionOutput(NamedTuple):
@@ -73,7 +73,9 @@ class Projections(nnx.Module):
         selection: sparse_attention.Selection | None = None,
     ) -> AttentionOutput:
         """Attention to the window and to ``entries``, turned back by the query's position and projected to the hidden width."""
-        attended = sparse_attention.attend(
+        chosen = select.implementation("sparse_attention")
+        attend = sparse_attention.attend if chosen == "chunked" else chosen
+        attended = attend(
             self.queries(latent, inputs.positions, freqs=freqs),
             self.keys(x, inputs.positions, freqs=freqs),
             self.sink[...],
