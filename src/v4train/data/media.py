@@ -4,7 +4,7 @@ Both are deterministic and training-free, so they run once, when a store is buil
 them on the device.
 
 * **Image**: the pixels are cut into p x p squares; a patch is its ``3 p^2`` bytes in row, column, channel order, and ``(x, y)`` is
-  its column and row in the grid of patches. No resizing here: an image is brought to its token budget before it is cut.
+  its column and row in the grid of patches. `fit_grid` chooses the grid; the scaling is for whoever decodes the image.
 * **Audio (dMel)**: 80 mel bands between 0 and 8 kHz every 50 ms over a Hann window of 100 ms, ``log10`` of the magnitude, clamped
   to [-7, 2] and quantised to 16 levels, one byte each. (He Bai et al., "dMel: Speech Tokenization made Simple", 2407.15835.) Raw
   waveforms would cost 640 samples a token and learned codecs a second model; both are rejected as the default.
@@ -12,6 +12,7 @@ them on the device.
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 from jaxtyping import Float, Int, Int16, UInt8
@@ -30,6 +31,34 @@ class Patches:
 
     values: UInt8[np.ndarray, "n patch"]
     xy: Int16[np.ndarray, "n 2"]
+
+
+def fit_grid(width: int, height: int, *, patch: int, max_patches: int, upscale: bool = False) -> tuple[int, int]:
+    """Columns and rows of patches that an image is scaled to: at most ``max_patches``, with nearly its proportions.
+
+    The image is scaled by one factor to the budget's area (never enlarged, unless ``upscale``), and both sides are rounded to whole
+    patches; if the product then exceeds the budget, the side is shortened whose shortening changes the proportions least. A
+    strip longer than the whole budget keeps one row and loses length.
+
+    Args:
+        width: of the image, pixels.
+        height: of the image, pixels.
+        patch: side of a patch, pixels.
+        max_patches: the budget.
+        upscale: enlarge a small image to its budget.
+    """
+    assert width > 0
+    assert height > 0
+    scale = math.sqrt(max_patches * patch * patch / (width * height))
+    scale = scale if upscale else min(1.0, scale)
+    columns = min(max_patches, max(1, round(width * scale / patch)))
+    rows = min(max_patches, max(1, round(height * scale / patch)))
+    while columns * rows > max_patches:
+        wanted = math.log(width / height)
+        narrower = abs(math.log((columns - 1) / rows) - wanted) if columns > 1 else math.inf
+        lower = abs(math.log(columns / (rows - 1)) - wanted) if rows > 1 else math.inf
+        columns, rows = (columns - 1, rows) if narrower <= lower else (columns, rows - 1)
+    return columns, rows
 
 
 def image_to_patches(image: UInt8[np.ndarray, "height width 3"], *, patch: int) -> Patches:
