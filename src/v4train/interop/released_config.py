@@ -77,6 +77,20 @@ class _Reader:
             return kind(value)
         return kind(1)
 
+    def entries(self, key: str, *, of: type) -> list | None:
+        """The list under ``key``, None where there is none; a problem where it is not a list of that type."""
+        value = self.values.get(key)
+        if value is not None and not (isinstance(value, list) and all(type(x) is of for x in value)):
+            self.problems.append(f"{key} is {json.dumps(value)}, expected a list of {of.__name__}")
+            return None
+        return value
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """The mapping under ``key``, empty where there is none; a problem where it is none."""
+        value = self.values.get(key) or {}
+        self.require(isinstance(value, dict), f"{key} is {json.dumps(value)}, expected a mapping")
+        return value if isinstance(value, dict) else {}
+
     def require(self, ok: object, message: str) -> None:
         """Notes the problem unless it is ok."""
         if not ok:
@@ -98,11 +112,11 @@ def model_config(config_json: Mapping[str, Any], *, subject: str = "config.json"
             f"{key} is {json.dumps(value)}, supported is {supported}",
         )
     kinds, layers = _layers(reader)
-    mtp = config_json.get("num_nextn_predict_layers", 0)
-    reader.require(mtp in (0, 1), f"num_nextn_predict_layers is {json.dumps(mtp)}, supported is 0 or 1")
-    ours = config_json.get("v4train", {})
-    unknown = sorted(set(ours) - set(_OURS)) if isinstance(ours, dict) else ["not a mapping"]
-    reader.require(not unknown, f"v4train has unknown content: {', '.join(unknown)}")
+    mtp = reader.number("num_nextn_predict_layers")
+    reader.require(mtp in (0, 1), f"num_nextn_predict_layers is {mtp}, supported is 0 or 1")
+    ours = reader.mapping("v4train")
+    unknown = sorted(set(ours) - set(_OURS))
+    reader.require(not unknown, f"v4train has unknown keys {', '.join(unknown)} (known: {', '.join(_OURS)})")
     values = {
         "vocab_size": reader.number("vocab_size"),
         "hidden": reader.number("hidden_size"),
@@ -119,33 +133,33 @@ def model_config(config_json: Mapping[str, Any], *, subject: str = "config.json"
         "max_positions": reader.number("max_position_embeddings"),
         "norm_eps": reader.number("rms_norm_eps", kind=float),
         "init_std": reader.number("initializer_range", kind=float) if "initializer_range" in config_json else 0.02,
-        **({key: ours[key] for key in _OURS if key in ours} if isinstance(ours, dict) else {}),
+        **ours,
     }
     try:
         if not reader.problems:
             return config_lib.ModelConfig.model_validate(values)
     except pydantic.ValidationError as error:
         reader.problems += [f"{'.'.join(map(str, e['loc'])) or 'the model'}: {e['msg']}" for e in error.errors()]
-    count = "1 problem" if len(reader.problems) == 1 else f"{len(reader.problems)} problems"
-    raise ValueError("\n  ".join([f"{subject} cannot be used: {count}", *reader.problems]))
+    problems = list(dict.fromkeys(reader.problems))
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    raise ValueError("\n  ".join([f"{subject} cannot be used: {count}", *problems]))
 
 
 def _layers(reader: _Reader) -> tuple[list[dict], list[dict]]:
     """The attention kinds in use, and the layers as runs."""
     depth = reader.number("num_hidden_layers")
-    ratios, types = reader.values.get("compress_ratios"), reader.values.get("layer_types")
-    rates = _rates(reader)
+    if reader.problems and reader.problems[-1].startswith("num_hidden_layers"):
+        return [{"kind": "window"}], runs(["window"])
+    rates, ratios, types = _rates(reader), reader.entries("compress_ratios", of=int), reader.entries("layer_types", of=str)
     if types is not None:
         reader.require(len(types) == depth, f"layer_types has {len(types)} entries, num_hidden_layers is {depth}")
-        unknown = sorted({str(x) for x in types} - set(_TYPES))
+        unknown = sorted(set(types) - set(_TYPES))
         reader.require(not unknown, f"layer_types has unknown entries {', '.join(unknown)} (known: {', '.join(_TYPES)})")
-        kinds = [_TYPES.get(str(x), "window") for x in types]
+        kinds = [_TYPES.get(x, "window") for x in types]
     elif ratios is not None:
         by_ratio = {**_RELEASED_RATIOS, **{rate: kind for kind, rate in rates.items()}}
-        unknown = sorted({str(x) for x in ratios if x not in by_ratio})
-        reader.require(
-            not unknown, f"compress_ratios has {', '.join(unknown)}: without layer_types or compress_rates it is not known of which kind"
-        )
+        unknown = ", ".join(str(x) for x in sorted(set(ratios) - set(by_ratio)))
+        reader.require(not unknown, f"compress_ratios has {unknown}: without layer_types or compress_rates it is not known of which kind")
         kinds = [by_ratio.get(x, "window") for x in ratios[:depth]]
     else:
         reader.problems.append("compress_ratios or layer_types is missing: which layer has which attention is not guessed")
@@ -153,15 +167,13 @@ def _layers(reader: _Reader) -> tuple[list[dict], list[dict]]:
     found = {"window": 0, **rates}
     if ratios is not None:
         reader.require(
-            len(ratios) in (depth, depth + 1), f"compress_ratios has {len(ratios)} entries, expected {depth} or {depth + 1} (MTP)"
+            len(ratios) in (depth, depth + 1), f"compress_ratios has {len(ratios)} entries, expected {depth}, or {depth + 1} with MTP"
         )
         reader.require(ratios[depth:] in ([], [0]), f"compress_ratios ends with {ratios[depth:]}: the MTP block has window attention, 0")
         for kind in dict.fromkeys(kinds):
-            here = {x for x, other in zip(ratios, kinds, strict=False) if other == kind}
-            reader.require(len(here) == 1, f"compress_ratios gives the {kind} layers several ratios: {sorted(here)}")
-            reader.require(
-                found.setdefault(kind, min(here)) in here, f"compress_ratios and compress_rates differ: {sorted(here)}, {found[kind]}"
-            )
+            here = sorted({x for x, other in zip(ratios, kinds, strict=False) if other == kind})
+            said = found.setdefault(kind, here[0] if here else 1)
+            reader.require(set(here) <= {said}, f"compress_ratios gives the {kind} layers {here}, expected {said} for each")
     for kind in dict.fromkeys(kinds):
         reader.require(kind in found, f"compress_rates has no entry for the {kind} layers, and there are no compress_ratios")
     return [_kind(reader, kind, ratio=found.get(kind, 1)) for kind in ("window", "csa", "hca") if kind in kinds], runs(kinds)
@@ -170,7 +182,7 @@ def _layers(reader: _Reader) -> tuple[list[dict], list[dict]]:
 def _rates(reader: _Reader) -> dict[str, int]:
     """Tokens per entry, by kind, as far as the file says it apart from ``compress_ratios``."""
     values = reader.values
-    given = dict(values.get("compress_rates") or {})
+    given = dict(reader.mapping("compress_rates"))
     given |= {name: values[f"compress_rate_{kind}"] for name, kind in _TYPES.items() if f"compress_rate_{kind}" in values}
     unknown = sorted(set(given) - set(_TYPES))
     reader.require(not unknown, f"compress_rates has unknown keys {', '.join(unknown)}")
@@ -242,17 +254,18 @@ def _rope_dim(reader: _Reader) -> int:
 
 def _rotation(reader: _Reader, *, rope_dim: int, head_dim: int) -> tuple[float, float, dict | None]:
     """Theta of window layers, theta of compressed layers, and YaRN of the latter."""
-    values = reader.values
-    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        reader.problems.append(f"rope_parameters is {json.dumps(scaling)}, expected a mapping")
-        scaling = {}
+    said = any(key in reader.values for key in ("rope_parameters", "rope_scaling"))
+    reader.require(said, "rope_scaling or rope_parameters is missing: write null if there is no YaRN")
+    scaling = reader.mapping("rope_parameters") or reader.mapping("rope_scaling")
     if not ("main" in scaling and "compress" in scaling):
         thetas = reader.number("rope_theta", kind=float), reader.number("compress_rope_theta", kind=float)
         return (*thetas, _yarn(reader, scaling, name="rope_scaling", forced=True))
     found = []
     for part in ("main", "compress"):
         inner, name = scaling[part], f"rope_parameters.{part}"
+        if not isinstance(inner, dict):
+            reader.problems.append(f"{name} is {json.dumps(inner)}, expected a mapping")
+            return 1.0, 1.0, None
         turning = int(head_dim * inner.get("partial_rotary_factor", 1.0))
         reader.require(turning == rope_dim, f"{name}.partial_rotary_factor makes {turning} channels turn, qk_rope_head_dim is {rope_dim}")
         found.append(reader.number("rope_theta", kind=float, within=inner, name=f"{name}.rope_theta"))
@@ -271,8 +284,6 @@ def _yarn(reader: _Reader, scaling: Mapping[str, Any], *, name: str, forced: boo
         return None
     factor = scaling.get("attention_factor", 1.0 if forced else None)
     reader.require(factor == 1.0, f"{name}.attention_factor is {json.dumps(factor)}, supported is 1.0: V4 has no attention temperature")
-    same = scaling.get("mscale", 1) == scaling.get("mscale_all_dim", 1)
-    reader.require(same or factor == 1.0, f"{name}.mscale and mscale_all_dim differ, which is an attention temperature")
     reader.require(scaling.get("truncate", True) is True, f"{name}.truncate is false, supported is true")
     keys = {
         "factor": "factor",
@@ -289,7 +300,7 @@ def _yarn(reader: _Reader, scaling: Mapping[str, Any], *, name: str, forced: boo
 def _moe(reader: _Reader, *, depth: int) -> dict:
     values = reader.values
     hashed = values.get("num_hash_layers")
-    if (types := values.get("mlp_layer_types")) is not None:
+    if (types := reader.entries("mlp_layer_types", of=str)) is not None:
         first = next((i for i, kind in enumerate(types) if kind != "hash_moe"), len(types))
         ok = len(types) == depth and set(types[first:]) <= {"moe"}
         reader.require(ok, f"mlp_layer_types must be {depth} entries, first hash_moe, then moe")
