@@ -116,6 +116,11 @@ def _type_name(annotation: object) -> str:
         return ", ".join(f"`{part}`" for part in parts)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_type_name(part) for part in parts)
+    if origin is typing.Annotated:
+        return _type_name(parts[0])
+    if origin is dict:
+        key, value = map(_type_name, parts)
+        return f"mapping of {key} to {value}"
     if origin is tuple:
         item = {_type_name(part) for part in parts if part is not ...}.pop()
         return f"list of {item}" if ... in parts else f"{len(parts)} of {item}"

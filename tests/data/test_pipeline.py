@@ -231,7 +231,7 @@ def test_fingerprint_follows_what_decides_a_batch(sources, tmp_path):
         make(moved, batch_rows=4),
         make(moved, split="holdout"),
         make((moved[0], moved[1] | {"weight": 3.0})),
-        make((moved[0] | {"packing": "whole_documents"}, moved[1])),
+        make((moved[0] | {"packing": "no_split"}, moved[1])),
         make(moved[::-1]),
     ]
     assert len({p.fingerprint for p in changed} | {base}) == len(changed) + 1

@@ -1,5 +1,7 @@
 """Rows against a packer that walks the stream token by token."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -14,66 +16,124 @@ def open_plan(path, *, documents=None, **packing):
     return s, plan.Plan(s, documents=which, packing=plan.Packing(**(defaults | packing)))
 
 
-def rows_by_walking(s, *, order, packing):
-    """The three rules applied one token (or span, or document) at a time."""
-    rows, row, used, patches, frames = [], [], 0, 0, 0
+def split_by_walking(s, items, *, packing, separate=False):
+    """Rows of the pieces ``items``, one token or span at a time; ``separate`` closes the row after each piece."""
+    rows, row, used = [], [], [0, 0, 0]
+    limits = (packing.sequence_length, packing.max_patches, packing.max_audio_frames)
 
     def close():
-        nonlocal row, used, patches, frames
+        nonlocal row, used
         if row:
             rows.append(row)
-        row, used, patches, frames = [], 0, 0, 0
+        row, used = [], [0, 0, 0]
 
-    for d in order:
+    for d, begin, end in items:
         spans = {int(at): (int(kind), int(n)) for kind, at, n in s.spans_of(d)}
-        length = int(s.documents["tokens"][d])
-        totals = [sum(n for k, n in spans.values() if k == kind) for kind in (1, 2)]
-        if packing.policy == "whole_documents":
-            fits = used + length <= packing.sequence_length
-            fits &= patches + totals[0] <= packing.max_patches and frames + totals[1] <= packing.max_audio_frames
-            if not fits:
-                close()
-        start = at = 0
-        while at < length:
+        start = at = begin
+        while at < end:
             kind, n = spans.get(at, (0, 1))
-            full = used + n > packing.sequence_length
-            full |= kind == 1 and patches + n > packing.max_patches
-            full |= kind == 2 and frames + n > packing.max_audio_frames
-            if full:
+            grown = [used[0] + n, used[1] + n * (kind == 1), used[2] + n * (kind == 2)]
+            if any(g > limit for g, limit in zip(grown, limits, strict=True)):
                 if at > start:
                     row.append((d, start, at))
                 close()
                 start = at
-            used, patches, frames = used + n, patches + n * (kind == 1), frames + n * (kind == 2)
+                grown = [n, n * (kind == 1), n * (kind == 2)]
+            used = grown
             at += n
-        row.append((d, start, length))
+        row.append((d, start, end))
+        if separate:
+            close()
     close()
     return rows
 
 
+def best_fit_by_scanning(s, items, *, packing):
+    """Rows, as sets of parts: every open row is looked at for every part."""
+    parts = [part for row in split_by_walking(s, items, packing=packing, separate=True) for part in row]
+    rows = []
+    for d, begin, end in sorted(parts, key=lambda part: part[1] - part[2]):
+        media = [sum(int(n) for k, at, n in s.spans_of(d) if k == kind and begin <= at < end) for kind in (1, 2)]
+        need = np.array([end - begin, *media])
+        fitting = [row for row in rows if (need <= row["room"]).all()]
+        if fitting:
+            row = min(fitting, key=lambda row: row["room"][0])
+        else:
+            row = {"room": np.array([packing.sequence_length, packing.max_patches, packing.max_audio_frames]), "parts": []}
+            rows.append(row)
+        row["room"] = row["room"] - need
+        row["parts"].append((d, begin, end))
+    return rows
+
+
+def stream(p, s, block):
+    """The documents of a block, whole, in the order of the stream, from the definition."""
+    n, places = len(s), range(*p._places(block))
+    return [(int(plan.permutation(n, seed=5, epoch=i // n)[i % n]),) for i in places]
+
+
+def items_of(p, s, block):
+    return [(d, 0, int(s.documents["tokens"][d])) for (d,) in stream(p, s, block)]
+
+
 @pytest.mark.parametrize("kind", ["text", "media"])
-@pytest.mark.parametrize("policy", ["cut_text", "whole_documents"])
+@pytest.mark.parametrize("policy", ["split_text_keep_spans", "one_document"])
 @pytest.mark.parametrize("length", [16, 32, 200])
 def test_rows_are_those_of_the_walk(tmp_path, kind, policy, length):
     path = synthetic.make_test_store(tmp_path / "s", kind=kind, documents=60)
     s, p = open_plan(path, sequence_length=length, policy=policy)
     packing = plan.Packing(length, 9, 12, 5, policy)
-    first = 0
-    for block in range(2):
-        epochs = range(block * p.block_epochs, (block + 1) * p.block_epochs)
-        order = np.concatenate([plan.permutation(60, seed=5, epoch=epoch) for epoch in epochs]).tolist()
-        expected = rows_by_walking(s, order=order, packing=packing)
-        assert [p.row(first + i) for i in range(len(expected))] == expected
+    first = tokens = 0
+    for block in range(3):
+        expected = split_by_walking(s, items_of(p, s, block), packing=packing, separate=policy == "one_document")
+        for i, row in enumerate(expected):
+            assert p.row(first + i) == row
+            assert p.tokens_before(first + i) == tokens
+            tokens += sum(stop - start for _, start, stop in row)
         first += len(expected)
 
 
-@pytest.mark.parametrize("policy", ["cut_text", "whole_documents"])
+@pytest.mark.parametrize("kind", ["text", "media"])
+@pytest.mark.parametrize("documents, length", [(60, 32), (60, 200), (3000, 70)])
+def test_best_fit_is_best_fit(tmp_path, kind, documents, length):
+    path = synthetic.make_test_store(tmp_path / "s", kind=kind, documents=documents)
+    s, p = open_plan(path, sequence_length=length, policy="no_split", max_audio_frames=30)
+    packing = plan.Packing(length, 9, 30, 5, "no_split")
+    assert (p.epoch_blocks > 1) == (documents == 3000)
+    first = tokens = 0
+    for block in range(2):
+        expected = best_fit_by_scanning(s, items_of(p, s, block), packing=packing)
+        got = [p.row(first + i) for i in range(len(expected))]
+        places = {d: i for i, (d,) in enumerate(stream(p, s, block))}
+        if len(places) == len(stream(p, s, block)):  # no document twice: rows can be told apart
+            assert sorted(sorted(row) for row in got) == sorted(sorted(row["parts"]) for row in expected)
+            assert all([places[piece.document] for piece in row] == sorted(places[piece.document] for piece in row) for row in got)
+        assert sorted(x for row in got for x in row) == sorted(x for row in expected for x in row["parts"])
+        lengths = [sum(piece.stop - piece.start for piece in row) for row in got]
+        assert sorted(lengths) == sorted(length - int(row["room"][0]) for row in expected)
+        assert [p.tokens_before(first + i) for i in range(len(got))] == (tokens + np.cumsum([0, *lengths[:-1]])).tolist()
+        assert np.corrcoef(lengths, range(len(lengths)))[0, 1] ** 2 < 0.05, "full rows first: not shuffled"
+        first, tokens = first + len(got), tokens + sum(lengths)
+
+
+def test_best_fit_pads_less_than_one_per_cent(tmp_path):
+    rng = np.random.default_rng(3)
+    lengths = np.clip(rng.lognormal(3.5, 1.0, 4000), 5, 400).astype(int)
+    s, p = open_plan(synthetic.make_test_store(tmp_path / "s", lengths=tuple(lengths.tolist())), sequence_length=256, policy="no_split")
+    assert p.fill() > 0.99
+    whole = s.documents["tokens"] <= 256
+    pieces = [piece for i in range(500) for piece in p.row(i) if whole[piece.document]]
+    assert all((piece.start, piece.stop) == (0, s.documents["tokens"][piece.document]) for piece in pieces)
+
+
+@pytest.mark.parametrize("policy", ["split_text_keep_spans", "no_split", "one_document"])
 def test_promises_hold_for_every_row(tmp_path, policy):
     path = synthetic.make_test_store(tmp_path / "s", kind="media", documents=150, seed=2)
     s, p = open_plan(path, sequence_length=40, max_patches=11, max_audio_frames=13, policy=policy)
     for i in range(900):
         pieces = p.row(i)
         assert 0 < sum(piece.stop - piece.start for piece in pieces) <= 40
+        assert policy != "one_document" or len(pieces) == 1
         budget = {1: 11, 2: 13}
         for piece in pieces:
             for kind, at, n in s.spans_of(piece.document).tolist():
@@ -81,12 +141,97 @@ def test_promises_hold_for_every_row(tmp_path, policy):
                 assert inside in (0, n), "a span was cut"
                 budget[kind] -= inside
         assert min(budget.values()) >= 0
-    if policy == "whole_documents":
+    if policy != "split_text_keep_spans":
         d = s.documents
         fits = (d["tokens"] <= 40) & (d["patches"] <= 11) & (d["frames"] <= 13)
         pieces = [piece for i in range(900) for piece in p.row(i) if fits[piece.document]]
         assert pieces
         assert all(piece.stop - piece.start == d["tokens"][piece.document] for piece in pieces)
+
+
+@pytest.mark.parametrize("policy", ["split_text_keep_spans", "no_split", "one_document"])
+@pytest.mark.parametrize("parts", [2, 3, 7])
+def test_slices_are_the_row(tmp_path, policy, parts):
+    """Pieces, segment numbers and which pieces are continued, of slices that need not even divide the row."""
+    path = synthetic.make_test_store(tmp_path / "s", kind="media", documents=150, seed=2)
+    _, p = open_plan(path, sequence_length=40, max_patches=11, max_audio_frames=13, policy=policy)
+    ends = [40 * i // parts for i in range(parts + 1)]
+    for i in range(300):
+        found, begun = {}, []
+        for start, stop in itertools.pairwise(ends):
+            part = p.slice(i, start=start, stop=stop)
+            pieces = [plan.Piece(*piece) for piece in zip(*(array.tolist() for array in part.pieces), strict=True)]
+            assert sum(piece.stop - piece.start for piece in pieces) <= stop - start
+            for j, piece in enumerate(pieces):
+                found.setdefault(part.segment + j, []).append(piece)
+                if j or not part.continued:
+                    begun.append(part.segment + j)
+        row = p.row(i)
+        assert sorted(found) == begun == list(range(1, len(row) + 1))
+        for segment, piece in enumerate(row, start=1):
+            inside = found[segment]
+            assert {part.document for part in inside} == {piece.document}
+            bounds = [piece.start, *[part.stop for part in inside]]
+            assert [part.start for part in inside] == bounds[:-1]
+            assert bounds[-1] == piece.stop
+
+
+@pytest.mark.parametrize("kind", ["text", "media"])
+@pytest.mark.parametrize("policy", ["split_text_keep_spans", "no_split", "one_document"])
+@pytest.mark.parametrize("documents", [9, 300])
+def test_a_change_of_length_skips_and_repeats_nothing(tmp_path, kind, policy, documents):
+    """Plans of several lengths after one another: together they are the stream, every token of each epoch once."""
+    path = synthetic.make_test_store(tmp_path / "s", kind=kind, documents=documents, seed=4)
+    s = store.TokenStore.open(path)
+    epoch = [(d, t) for d in range(documents) for t in range(s.documents["tokens"][d])]
+    rng, start, seen, lengths, total, window = np.random.default_rng(1), None, [], (24, 200, 33, 64, 48), 0, 1
+    for turn, length in enumerate(lengths):
+        packing = plan.Packing(length, 9, 12, 5, policy)
+        p = plan.Plan(s, documents=np.arange(documents), packing=packing, start=start)
+        last = turn == len(lengths) - 1
+        rows = int(rng.integers(1, 2 * len(epoch) // length)) if not last else 10**9
+        window = max(window, p.block_epochs if policy == "no_split" else 1)
+        for i in range(rows):
+            if last and len(seen) >= 9 * len(epoch):
+                break
+            seen += [(piece.document, t) for piece in p.row(i) for t in range(piece.start, piece.stop)]
+        if not last:
+            assert total + p.tokens_before(rows) == len(seen)
+            total, start = len(seen), p.after(rows)
+            assert plan.Plan(s, documents=np.arange(documents), packing=packing, start=start).tokens_before(0) == 0
+    counts = {token: 0 for token in epoch}
+    for n, token in enumerate(seen, start=1):
+        counts[token] += 1
+        if policy != "no_split" and n % len(epoch) == 0:
+            assert set(counts.values()) == {n // len(epoch)}
+    assert max(counts.values()) - min(counts.values()) <= window + 1
+    if policy != "no_split":
+        # Not the tokens alone, but their order is that of the stream.
+        order = [d for e in range(len(seen) // len(epoch) + 1) for d in plan.permutation(documents, seed=5, epoch=e).tolist()]
+        assert seen == [(d, t) for d in order for t in range(s.documents["tokens"][d])][: len(seen)]
+
+
+def test_best_fit_after_a_change_of_length_ends_each_window_exactly(tmp_path):
+    """Where the last plan's window ends, each document of the stream so far was seen once per epoch."""
+    s = store.TokenStore.open(synthetic.make_test_store(tmp_path / "s", documents=300, seed=4))
+    start, seen = None, []
+    for length, rows in ((24, 70), (200, 5), (33, 400), (64, None)):
+        p = plan.Plan(s, documents=np.arange(300), packing=plan.Packing(length, 0, 0, 5, "no_split"), start=start)
+        rows = p._block(0).rows if rows is None else rows
+        seen += [(piece.document, t) for i in range(rows) for piece in p.row(i) for t in range(piece.start, piece.stop)]
+        start = p.after(rows)
+    assert start.head == ()
+    order = [int(plan.permutation(300, seed=5, epoch=i // 300)[i % 300]) for i in range(start.place)]
+    assert sorted(seen) == sorted((d, t) for d in order for t in range(s.documents["tokens"][d]))
+
+
+def test_far_rows_of_text_need_no_planning(tmp_path):
+    _, p = open_plan(synthetic.make_test_store(tmp_path / "s", documents=60))
+    far = 10**12
+    assert sum(piece.stop - piece.start for piece in p.row(far)) <= 32
+    rows = -(-p.epoch_tokens * p.block_epochs // 32)
+    assert p.tokens_before(far) == far // rows * p.epoch_tokens * p.block_epochs + far % rows * 32
+    assert p._block.cache_info().misses <= 2
 
 
 @pytest.mark.parametrize("documents", [7, 60])
@@ -150,7 +295,7 @@ def test_media_that_no_row_can_hold_is_refused(tmp_path):
         open_plan(path, documents=np.array([], np.int64))
 
 
-@pytest.mark.parametrize("n", [1, 2, 37, 1000])
+@pytest.mark.parametrize("n", [1, 2, 37, 1000, 1024, 4097])
 def test_permutations_are_permutations_and_frozen(n):
     for epoch in range(3):
         assert sorted(plan.permutation(n, seed=1, epoch=epoch).tolist()) == list(range(n))

@@ -59,7 +59,7 @@ def values(data: pathlib.Path, run: pathlib.Path, **changes: Any) -> dict[str, A
             "holdout": 0.1,
             "sources": [
                 {"name": "text", "path": str(data / "text"), "weight": 0.5},
-                {"name": "media", "path": str(data / "media"), "weight": 0.5, "packing": "whole_documents"},
+                {"name": "media", "path": str(data / "media"), "weight": 0.5, "packing": "no_split"},
             ],
         },
         "optimizer": {"schedule": {"peak_lr": 3e-3, "final_lr": 3e-4, "warmup_steps": 2, "decay_steps": 2}},

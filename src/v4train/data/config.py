@@ -16,12 +16,14 @@ class SourceConfig(base.Config):
     path: str
     """Directory of the token store; a relative path starts at the working directory."""
 
-    weight: float = pydantic.Field(gt=0)
-    """Share of the rows, relative to the other sources. A row is always `sequence_length` tokens, so this is a share of tokens."""
+    weight: float = pydantic.Field(ge=0)
+    """Share of the rows, relative to the other sources, until a phase changes it. All rows of a step are equally long, so this is a
+    share of tokens. 0: not read yet."""
 
-    packing: Literal["cut_text", "whole_documents"] = "cut_text"
-    """`cut_text` fills every row and lets a document go on in the next one. `whole_documents` closes a row before a document that
-    does not fit, so that a caption never loses its image; only documents that no row can hold are cut. Media spans are never cut."""
+    packing: Literal["split_text_keep_spans", "no_split", "one_document"] = "split_text_keep_spans"
+    """`split_text_keep_spans` fills every row and lets a document go on in the next one. `no_split` packs whole documents by best fit, so
+    that a caption never loses its image; only documents that no row can hold are split. `one_document` gives each document
+    rows of its own. Media spans are never cut."""
 
 
 class ByteTokenizerConfig(base.Config):
@@ -79,6 +81,40 @@ TokenizerConfig = Annotated[
 ]
 
 
+class PhaseConfig(base.Config):
+    """What changes from a step on. What a phase does not name stays as it was. To change a run that has begun, append a phase."""
+
+    from_step: int | None = pydantic.Field(default=None, gt=0)
+    """The phase's first step, counted from 0; instead of `from_tokens`."""
+
+    from_tokens: int | None = pydantic.Field(default=None, gt=0)
+    """The phase begins with the first step that has at least so many tokens, padding included, before it."""
+
+    weights: dict[str, Annotated[float, pydantic.Field(ge=0)]] = pydantic.Field(default={})
+    """New weights by source; 0 ends a source."""
+
+    ramp_steps: int = pydantic.Field(default=0, ge=0)
+    """Steps over which shares go from the old ones to the new ones in a straight line (in 64 stairs, if there are more steps)."""
+
+    sequence_length: int | None = pydantic.Field(default=None, gt=1)
+    """Tokens of a row. Documents go on where they were: nothing is skipped or repeated."""
+
+    batch_rows: int | None = pydantic.Field(default=None, gt=0)
+    """Rows of a step, instead of `train.batch_rows`. Longer rows usually come with fewer of them."""
+
+    max_patches: int | None = pydantic.Field(default=None, ge=0)
+    """Image patches that a row may hold."""
+
+    max_audio_frames: int | None = pydantic.Field(default=None, ge=0)
+    """Audio frames that a row may hold."""
+
+    @pydantic.model_validator(mode="after")
+    def _begins_once(self) -> "PhaseConfig":
+        if (self.from_step is None) == (self.from_tokens is None):
+            raise ValueError("a phase needs either from_step or from_tokens: give one of them")
+        return self
+
+
 class DataConfig(base.Config):
     """The data of a run. The number of rows of a batch belongs to training and is passed in by it."""
 
@@ -86,7 +122,10 @@ class DataConfig(base.Config):
     """The stores to mix."""
 
     sequence_length: int = pydantic.Field(gt=1)
-    """Tokens of a row, S."""
+    """Tokens of a row, S, until a phase changes it. Evaluation keeps this length, so that its losses can be compared."""
+
+    phases: tuple[PhaseConfig, ...] = ()
+    """Changes of the mixture and of the shape of batches in the course of training, in their order."""
 
     seed: int = pydantic.Field(default=0, ge=0)
     """Chooses the order of the documents."""
@@ -111,6 +150,15 @@ class DataConfig(base.Config):
 
     prefetch_rows: int = pydantic.Field(default=64, ge=0)
     """Rows of this host that are read ahead (rounded up to whole batches)."""
+
+    max_bad_share: float = pydantic.Field(default=0.001, ge=0, le=1)
+    """A run stops, with a checkpoint, when more than this share of a source's latest documents were unreadable. They became padding."""
+
+    bad_window: int = pydantic.Field(default=10_000, gt=0)
+    """Documents of a source that count as its latest."""
+
+    bad_minimum: int = pydantic.Field(default=10, gt=0)
+    """Fewer unreadable documents than this in the window never stop a run."""
 
     @pydantic.model_validator(mode="after")
     def _names_differ(self) -> "DataConfig":

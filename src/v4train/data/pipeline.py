@@ -1,24 +1,31 @@
 """The data pipeline: `batch(step)` is a pure function of the step.
 
-    step, host -> global rows -> (source, row of the source)   mixture: closed form
+    step, host -> global rows -> (source, row of the source)   phases, mixture: closed form
                -> pieces of documents                           plan: two binary searches
                -> tokens, patches, audio                        store: random access, checksummed
                -> arrays of fixed shape                         collate
 
 There is no iterator state: a run resumes from one integer and a fingerprint, on any number of hosts (host h of H reads the h-th part of
-the rows of a batch), instantly, and a batch can be looked at without reading those before it. `iterate` adds nothing but reading ahead,
-by a grain thread pool whose elements are whole batches (grain costs some 70 us an element: too much for a document, nothing for a
+the rows of a batch), instantly, and a batch can be looked at without reading those before it. Where hosts share a row (context
+parallelism), each reads the documents of its own slice only: a row of 2^20 image tokens is gigabytes. `iterate` adds nothing but reading
+ahead, by a grain thread pool whose elements are whole batches (grain costs some 70 us an element: too much for a document, nothing for a
 batch). Rejected: grain's own packing and mixing, whose state depends on workers and which lose or shift media when a document is cut.
 
+**Phases.** Weights and the shape of batches may change with the step. A source counts its rows through changes of weights; at a change
+of shape its next plan begins with the token at which the last one has ended. What was drawn before step k therefore depends on no later
+phase, and `history(k)` says it in full: a run goes on from a checkpoint if, and only if, the histories up to there are equal.
+
 A document that fails its checksum becomes padding and is reported (`quarantine`); no exception ever ends the stream, because on many
-hosts that would leave the others waiting in a collective.
+hosts that would leave the others waiting in a collective. The batch counts such documents, so that all hosts can decide alike.
 """
 
+import bisect
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
@@ -28,6 +35,7 @@ from v4train.data import collate
 from v4train.data import config as config_lib
 from v4train.data import document as document_lib
 from v4train.data import mixture as mixture_lib
+from v4train.data import phases as phases_lib
 from v4train.data import plan as plan_lib
 from v4train.data import store as store_lib
 from v4train.data import tokenizer as tokenizer_lib
@@ -36,14 +44,23 @@ Split = Literal["train", "holdout"]
 _CACHE_BYTES = 2**26  # of decoded documents, all sources together
 
 
+class Amount(NamedTuple):
+    """What of a source was drawn: rows, tokens without padding, and how often its documents were gone through."""
+
+    rows: int
+    tokens: int
+    epochs: float
+
+
 class Pipeline:
     """Batches of one split, for one host. Thread-safe.
 
     Attributes:
         tokenizer: of all sources.
         sources: their names; `Batch.source` counts in this order.
+        phases: shapes and weights by step.
         mixture: rows of each source.
-        tokens_per_step: places (padding included) of a global batch.
+        tokens_per_step: places (padding included) of a global batch of the first phase.
         quarantine: documents that became padding, seen by this host.
     """
 
@@ -55,72 +72,122 @@ class Pipeline:
         split: Split = "train",
         host_index: int = 0,
         host_count: int = 1,
+        context_index: int = 0,
+        context_count: int = 1,
         on_bad_record: Callable[[collate.BadRecord], None] | None = None,
     ):
         """Opens the stores and plans their first rows.
 
         Args:
             config: what to read.
-            batch_rows: rows of the global batch.
+            batch_rows: rows of the global batch, until a phase changes it.
             split: documents to train on, or those held out.
-            host_index: of this host.
-            host_count: among how many the rows of a batch are divided.
+            host_index: which part of the rows of a batch to read.
+            host_count: among how many hosts, or groups of hosts that share rows, they are divided.
+            context_index: which slice of each row to read.
+            context_count: into how many slices rows are divided. A slice has its own patches and frames, so its slots count from its
+                beginning, and its budgets are the row's or its number of tokens, whichever is less.
             on_bad_record: called once for each document that becomes padding, from any thread.
 
         Raises:
             ValueError: a store that is missing, damaged, empty, or does not fit the config.
         """
-        if batch_rows <= 0 or batch_rows % host_count or not 0 <= host_index < host_count:
-            hosts = f"host {host_index} of {host_count}"
-            raise ValueError(f"a batch of {batch_rows} rows cannot be divided evenly for {hosts}: make it a multiple of {host_count}")
-        self._config, self._batch_rows = config, batch_rows
+        self._config = config
         self._split: Split = split
         self._host_index, self._host_count = host_index, host_count
+        self._context_index, self._context_count = context_index, context_count
+        self.phases = phases_lib.Phases.of(config, batch_rows=batch_rows)
+        self._check_division()
         self.tokenizer = tokenizer_lib.build(config.tokenizer)
         self.sources = tuple(source.name for source in config.sources)
-        self.mixture = mixture_lib.Mixture.of(tuple(source.weight for source in config.sources))
-        self.tokens_per_step = batch_rows * config.sequence_length
+        self.mixture = self.phases.mixture
+        self.tokens_per_step = self.phases.at(0).shape.places
         self.quarantine = collate.Quarantine(on_bad_record)
         stores = [_open(source, config=config, tokenizer=self.tokenizer) for source in config.sources]
         self._readers = [
             collate.Reader(store, name=name, quarantine=self.quarantine) for store, name in zip(stores, self.sources, strict=True)
         ]
+        # Phases of one shape of row share a plan: (S, P, A), and the global row it begins at.
+        self._row_shapes: list[tuple[phases_lib.RowShape, int]] = []
+        for phase in self.phases.phases:
+            if not self._row_shapes or self._row_shapes[-1][0] != phase.shape.row:
+                self._row_shapes.append((phase.shape.row, phase.first_row))
+        self._documents = functools.cache(self._select)
         self._plan = functools.cache(self._make_plan)
         for i in range(len(stores)):
-            self._plan(i, split)
+            self._plan(i, split, 0)
+            for shape in {shape for shape, _ in self._row_shapes[1:]}:  # a span that no row can hold is better found now
+                plan_lib.Plan(stores[i], documents=self._documents(i, split), packing=self._packing(i, shape))
 
-    def _make_plan(self, source: int, split: Split) -> plan_lib.Plan:
-        store, config = self._readers[source].store, self._config
-        held_out = store.documents["key"] < np.uint64(min(int(config.holdout * 2.0**64), 2**64 - 1))
-        documents = np.flatnonzero(held_out if split == "holdout" else ~held_out)
-        packing = plan_lib.Packing(
-            config.sequence_length, config.max_patches, config.max_audio_frames, config.seed, config.sources[source].packing
-        )
-        return plan_lib.Plan(store, documents=documents, packing=packing)
+    def _check_division(self) -> None:
+        hosts, slices = self._host_count, self._context_count
+        assert 0 <= self._host_index < hosts, "a host outside the number of hosts"
+        assert 0 <= self._context_index < slices, "a slice outside the number of slices"
+        for shape in {phase.shape for phase in self.phases.phases}:
+            rows, length = shape[:2]
+            if rows <= 0 or rows % hosts:
+                message = f"a batch of {rows} rows cannot be divided evenly for host {self._host_index} of {hosts}"
+                raise ValueError(f"{message}: make it a multiple of {hosts}")
+            if length % slices:
+                raise ValueError(
+                    f"rows of {length} tokens cannot be divided into {slices} slices: make `sequence_length` a multiple of {slices}"
+                )
+
+    def _select(self, source: int, split: Split) -> np.ndarray:
+        held_out = self._readers[source].store.documents["key"] < np.uint64(min(int(self._config.holdout * 2.0**64), 2**64 - 1))
+        return np.flatnonzero(held_out if split == "holdout" else ~held_out)
+
+    def _packing(self, source: int, shape: phases_lib.RowShape) -> plan_lib.Packing:
+        return plan_lib.Packing(*shape, self._config.seed, self._config.sources[source].packing)
+
+    def _make_plan(self, source: int, split: Split, part: int) -> plan_lib.Plan:
+        """Of the rows in the ``part``-th shape. It begins where the plan before, if there is one, has come to by then."""
+        start = None
+        if part:
+            start = self._plan(source, split, part - 1).after(self._rows_in_part(source, part - 1))
+        documents, packing = self._documents(source, split), self._packing(source, self._row_shapes[part][0])
+        return plan_lib.Plan(self._readers[source].store, documents=documents, packing=packing, start=start)
+
+    def _rows_in_part(self, source: int, part: int) -> int:
+        first, end = (self.mixture.rows_before(self._row_shapes[i][1])[source] for i in (part, part + 1))
+        return end - first
+
+    def _part(self, row: int) -> int:
+        """Which shape the global row is of."""
+        return bisect.bisect_right(self._row_shapes, row, key=lambda shape: shape[1]) - 1
 
     def batch(self, step: int) -> batch_lib.Batch:
-        """This host's rows of global batch ``step``, as numpy arrays."""
-        local = self._batch_rows // self._host_count
-        first = step * self._batch_rows + self._host_index * local
-        return self._collate([self.mixture.source_and_row(i) for i in range(first, first + local)], split=self._split)
+        """This host's rows (and slices of them) of global batch ``step``, as numpy arrays."""
+        phase = self.phases.at(step)
+        local = phase.shape.rows // self._host_count
+        first = phase.rows_before(step) + self._host_index * local
+        part = self._part(first)
+        before = self.mixture.rows_before(self._row_shapes[part][1])
+        rows = [self.mixture.source_and_row(i) for i in range(first, first + local)]
+        rows = [mixture_lib.SourceRow(source, row - before[source]) for source, row in rows]
+        return self._collate(rows, split=self._split, part=part)
 
-    def _collate(self, rows: list[mixture_lib.SourceRow], *, split: Split) -> batch_lib.Batch:
-        config = self._config
+    def _collate(self, rows: list[mixture_lib.SourceRow], *, split: Split, part: int) -> batch_lib.Batch:
+        length, *budgets = self._row_shapes[part][0]
+        width = length // self._context_count
+        patches, frames = (min(budget, width) for budget in budgets) if self._context_count > 1 else budgets
         batch = batch_lib.allocate(
             len(rows),
-            sequence_length=config.sequence_length,
-            max_patches=config.max_patches,
-            max_audio_frames=config.max_audio_frames,
-            image_patch=config.image_patch,
+            sequence_length=width,
+            max_patches=patches,
+            max_audio_frames=frames,
+            image_patch=self._config.image_patch,
         )
         batch.source[...] = [source for source, _ in rows]
-        parts = [collate.RowPieces(self._readers[source], self._plan(source, split).row(row)) for source, row in rows]
+        start = self._context_index * width
+        slices = [self._plan(source, split, part).slice(row, start=start, stop=start + width) for source, row in rows]
+        parts = [collate.RowPieces(self._readers[source], *place) for (source, _), place in zip(rows, slices, strict=True)]
         collate.fill(batch, parts, tokenizer=self.tokenizer)
         return batch
 
     def iterate(self, start_step: int) -> Iterator[batch_lib.Batch]:
         """Batches ``start_step``, ``start_step + 1``, ... without end, read ahead by threads."""
-        local, ahead = self._batch_rows // self._host_count, 0
+        local, ahead = self.phases.at(start_step).shape.rows // self._host_count, 0
         if self._config.read_threads:
             ahead = -(-self._config.prefetch_rows // local)
         threads = min(self._config.read_threads, ahead)
@@ -133,6 +200,8 @@ class Pipeline:
 
     def holdout_batches(self, source_name: str, *, batches: int, batch_rows: int) -> Iterator[batch_lib.Batch]:
         """This host's part of ``batches`` batches of one source's held-out documents; always the same, from the start again if few.
+
+        Rows have the shape of the first phase, so that losses of different phases can be compared.
 
         Args:
             source_name: one of `sources`.
@@ -147,51 +216,96 @@ class Pipeline:
         if batch_rows % self._host_count:
             raise ValueError(f"{batch_rows} evaluation rows do not divide among {self._host_count} hosts: use a multiple")
         source, local = self.sources.index(source_name), batch_rows // self._host_count
-        self._plan(source, "holdout")
+        self._plan(source, "holdout", 0)
         firsts = range(self._host_index * local, batches * batch_rows, batch_rows)
         rows = ([mixture_lib.SourceRow(source, i) for i in range(first, first + local)] for first in firsts)
-        return (self._collate(part, split="holdout") for part in rows)
+        return (self._collate(chosen, split="holdout", part=0) for chosen in rows)
 
     def rows_by_source(self, step: int) -> dict[str, int]:
         """Rows of each source in the global batches before ``step``: closed form, nothing is read."""
-        return dict(zip(self.sources, self.mixture.rows_before(step * self._batch_rows), strict=True))
+        return dict(zip(self.sources, self.mixture.rows_before(self.phases.rows_before(step)), strict=True))
+
+    def amounts(self, step: int) -> dict[str, Amount]:
+        """What of each source was drawn before ``step``, exactly and without reading. Media, and best fit, are planned up to there."""
+        found = {}
+        rows = self.mixture.rows_before(self.phases.rows_before(step))
+        last = self._part(max(self.phases.rows_before(step) - 1, 0))
+        before = self.mixture.rows_before(self._row_shapes[last][1])
+        for i, name in enumerate(self.sources):
+            tokens = self._plan(i, self._split, last).tokens_before(rows[i] - before[i])
+            tokens += sum(self._plan(i, self._split, part).tokens_before(self._rows_in_part(i, part)) for part in range(last))
+            found[name] = Amount(rows[i], tokens, tokens / self._plan(i, self._split, 0).epoch_tokens)
+        return found
 
     def epochs_by_source(self, step: int) -> dict[str, float]:
-        """How often each source has been gone through before ``step``, from its rows and the fill of its first rows."""
-        return {
-            name: rows * self._row_tokens(i) / self._plan(i, self._split).epoch_tokens
-            for i, (name, rows) in enumerate(self.rows_by_source(step).items())
-        }
+        """How often each source has been gone through before ``step``."""
+        return {name: amount.epochs for name, amount in self.amounts(step).items()}
 
-    def fill(self) -> dict[str, float]:
-        """Share of the places of a source's rows that hold tokens; the rest is padding."""
-        return {name: self._plan(i, self._split).fill() for i, name in enumerate(self.sources)}
-
-    def _row_tokens(self, source: int) -> float:
-        return self._plan(source, self._split).fill() * self._config.sequence_length
+    def fill(self, step: int = 0) -> dict[str, float]:
+        """Share of the places of a source's rows that hold tokens, in the first 256 rows or more of the shape at ``step``."""
+        part = self._part(self.phases.rows_before(step))
+        return {name: self._plan(i, self._split, part).fill() for i, name in enumerate(self.sources)}
 
     def token_histogram(self) -> np.ndarray:
-        """``f64[vocab]``: how often each id is met as text, in shares that add up to 1, sources weighted as in training.
+        """``f64[vocab]``: how often each id is met as text, in shares that add up to 1. For balanced hash routing.
 
-        Counted over whole stores, held-out documents included; placeholders of media count 0. For balanced hash routing.
+        Sources are weighted as in the first phase, those that have no weight there by the first that they get. Counted over whole
+        stores, held-out documents included; placeholders of media count 0.
         """
         total = np.zeros(self.tokenizer.vocab_size)
-        for i, (reader, share) in enumerate(zip(self._readers, self.mixture.shares, strict=True)):
+        for i, (reader, fill) in enumerate(zip(self._readers, self.fill().values(), strict=True)):
+            share = next((float(phase.weights[i]) for phase in self.phases.phases if phase.weights[i]), 0.0)
             stored = reader.store.documents["tokens"].sum(dtype=np.int64)
-            total += share * self._row_tokens(i) * reader.store.histogram / stored
+            total += share * fill * reader.store.histogram / stored
         return total / total.sum()
+
+    def history(self, step: int) -> dict[str, Any]:
+        """Everything that the global batches before ``step`` depend on, as JSON; not paths, hosts, threads or what comes later."""
+        return self._history(step)
+
+    def _history(self, step: int | None) -> dict[str, Any]:
+        config, phases, names = self._config, [], set()
+        for phase, after in itertools.zip_longest(self.phases.phases, self.phases.phases[1:]):
+            if step is not None and phase.first_step >= step:
+                break
+            shares = {name: str(weight) for name, weight in zip(self.sources, phase.weights, strict=True) if weight}
+            here = {"shape": list(phase.shape), "shares": shares}
+            names |= shares.keys()
+            if phases and all(phases[-1][key] == here[key] for key in here) and list(phases[-1]["shares"]) == list(shares):
+                phases.pop()
+                here = {"from_step": before} | here
+            else:
+                before = phase.first_step
+                here = {"from_step": before} | here
+            end = None if after is None else after.first_step
+            phases.append(here | {"until_step": end if step is None else min(step, end or step)})
+        sources = {
+            source.name: {"store": reader.store.fingerprint, "packing": source.packing}
+            for source, reader in zip(config.sources, self._readers, strict=True)
+            if source.name in names
+        }
+        settings = {"seed": config.seed, "holdout": config.holdout, "image_patch": config.image_patch, "split": self._split}
+        return {
+            "version": plan_lib.VERSION,
+            "settings": settings,
+            "tokenizer": self.tokenizer.fingerprint,
+            "order": [name for name in self.sources if name in names],
+            "sources": sources,
+            "phases": phases,
+        }
+
+    def fingerprint_before(self, step: int) -> str:
+        """Of `history`."""
+        return _digest(self._history(step))
 
     @property
     def fingerprint(self) -> str:
-        """Changes with anything that the global `batch(step)` depends on; not with paths, hosts or threads."""
-        config = self._config
-        sources = [
-            (source.name, reader.store.fingerprint, part, source.packing)
-            for source, reader, part in zip(config.sources, self._readers, self.mixture.parts, strict=True)
-        ]
-        shapes = (config.sequence_length, config.image_patch, config.max_patches, config.max_audio_frames, self._batch_rows)
-        identity = [plan_lib.VERSION, sources, shapes, config.seed, config.holdout, self._split, self.tokenizer.fingerprint]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        """Changes with anything that the global `batch(step)` of any step depends on; not with paths, hosts or threads."""
+        return _digest(self._history(None))
+
+
+def _digest(history: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(history).encode()).hexdigest()
 
 
 class _Steps:

@@ -1,23 +1,22 @@
 """The pack plan: which tokens of which documents make up row i.
 
-The documents of an epoch are permuted and thought of as one long stream; rows are cut out of it, S tokens each. Three rules move a cut
-forward from "S tokens further on":
+A source's documents are an endless *stream*: epoch after epoch, each in its own random order. The stream is taken in *blocks* of about
+256 rows or more, every block is cut into rows by itself (`packing` has the three policies), and what is missing to S in its last row
+is padding. Under ``split_text_keep_spans`` and ``one_document`` a block is a whole number of epochs (one, except for tiny stores), and one
+epoch follows another inside a row without a seam. Under ``no_split`` a block is the window that best fit looks at, so a large
+epoch is several blocks, and its rows are shuffled, because best fit deals the long documents first.
 
-* a cut never falls inside an *atom*: a media span, or, with ``whole_documents``, a document (one longer than S is cut like text);
-* a row never holds more patches or audio frames than its budgets P and A, because they are the sizes of the batch's arrays;
-* rows do not run across the end of a *block*.
+Everything is a function of (index, start, S, P, A, seed, policy), never of what was read before: ``row(i)`` is two binary searches. Text
+that may be split, and one document a row, are closed form. Else a block's number of rows is known only when it is planned, so to find
+row i all blocks before it are planned once: 1 to 3 us a document or row, a resume a million rows in costs seconds. A continued
+document keeps its true positions. Memory is about 40 bytes a document; a store of more than some 10^8 documents should be split.
 
-What is missing to S is padding. A block is as many epochs as give about 256 rows (one, except for tiny stores), each with its own
-permutation, so that the padding at its end is negligible; one epoch follows another inside a row without a seam.
-
-Everything is a function of (index, S, P, A, seed, packing), never of what was read before: ``row(i)`` is two binary searches. A
-block's cuts are an ``i64`` array (text: ``arange``; with media a few microseconds a row, once), and only the latest blocks are kept.
-With media, the number of rows of a block is known only when it is planned: to find row i, all blocks before it are planned once
-(a few microseconds a row, so a resume a million rows in costs seconds); text is closed form. A continued document keeps its true
-positions. Memory is about 40 bytes a document; a store of more than some 10^8 documents should be split into several.
+**A change of S.** A plan has one shape of row. The plan of the next shape begins where this one has come to: `after(n)` is the `Start`
+that holds what rows before n have left over (the rest of a document, or the documents of a window that best fit had put into
+later rows) and the place in the stream from which on nothing was touched. Hence nothing is skipped or repeated.
 
 Rejected: iterator packers (concat-then-split, first-fit), whose state must be saved, depends on the number of workers, and in grain
-loses or shifts media; best-fit bins, which need a window of rows in memory to save one or two per cent of padding.
+loses or shifts media.
 """
 
 import bisect
@@ -25,16 +24,19 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from v4train.data import document as document_lib
+from v4train.data import packing as packing_lib
 from v4train.data import store as store_lib
 
-VERSION = 1  # goes into fingerprints: change it with any change to which tokens a row holds
+VERSION = 2  # goes into fingerprints: change it with any change to which tokens a row holds
 _BLOCK_ROWS = 256
+_SHUFFLE_ROWS = 2**62  # seeds of row orders, told apart from epochs' seeds
+
+Packing = packing_lib.Packing
 
 
 class Piece(NamedTuple):
@@ -45,28 +47,40 @@ class Piece(NamedTuple):
     stop: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Packing:
-    """How rows are cut: their length S, their budgets P and A, the seed of the order, and what may be cut."""
+class Start(NamedTuple):
+    """Where a plan begins: with left-over pieces, and then at a place of the endless stream, counted in documents."""
 
-    sequence_length: int
-    max_patches: int
-    max_audio_frames: int
-    seed: int
-    policy: Literal["cut_text", "whole_documents"] = "cut_text"
+    head: tuple[Piece, ...] = ()
+    place: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """Some epochs, cut into rows.
+class Slice(NamedTuple):
+    """Part of a row.
 
     Attributes:
-        documents: ``i64[n]``, the store's document at each place of the stream.
-        starts: ``i64[n + 1]``, where each begins in the stream.
-        cuts: ``i64[rows + 1]``; row ``i`` is the stream's ``cuts[i]:cuts[i + 1]``.
+        pieces: in order.
+        segment: number of the first piece in the row, from 1.
+        continued: whether the first piece began before the slice.
+    """
+
+    pieces: store_lib.Pieces
+    segment: int
+    continued: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Block:
+    """A part of the stream, cut into rows.
+
+    Attributes:
+        documents: ``i64[n]``, the store's document of each item.
+        offsets: ``i64[n]``, the item's first token in its document: 0 unless the item is a rest or a part.
+        starts: ``i64[n + 1]``, where each item begins in the block.
+        cuts: ``i64[rows + 1]``; row ``i`` is the block's ``cuts[i]:cuts[i + 1]``.
     """
 
     documents: np.ndarray
+    offsets: np.ndarray
     starts: np.ndarray
     cuts: np.ndarray
 
@@ -74,14 +88,24 @@ class Block:
     def rows(self) -> int:
         return len(self.cuts) - 1
 
-    def row(self, i: int) -> list[Piece]:
-        begin, end = int(self.cuts[i]), int(self.cuts[i + 1])
-        pieces, place = [], int(np.searchsorted(self.starts, begin, side="right")) - 1
-        while begin < end:
-            start, stop = int(self.starts[place]), int(self.starts[place + 1])
-            pieces.append(Piece(int(self.documents[place]), begin - start, min(end, stop) - start))
-            begin, place = stop, place + 1
-        return pieces
+    def pieces(self, begin: int, end: int) -> store_lib.Pieces:
+        """What the block's tokens ``begin:end`` are."""
+        if begin >= end:
+            return store_lib.Pieces.of([])
+        first, last = np.searchsorted(self.starts, (begin + 1, end)) - np.array((1, 0))
+        shift = self.offsets[first:last] - self.starts[first:last]
+        starts = shift + np.maximum(self.starts[first:last], begin)
+        stops = shift + np.minimum(self.starts[first + 1 : last + 1], end)
+        return store_lib.Pieces(self.documents[first:last], starts, stops)
+
+    def slice(self, i: int, *, start: int, stop: int) -> Slice:
+        """Places ``start:stop`` of row ``i``."""
+        row, end = int(self.cuts[i]), int(self.cuts[i + 1])
+        begin = min(row + start, end)
+        first, here = (int(x) for x in np.searchsorted(self.starts, (row, begin), side="right"))
+        pieces = self.pieces(begin, min(row + stop, end))
+        continued = len(pieces.documents) > 0 and begin > max(row, int(self.starts[here - 1]))
+        return Slice(pieces, 1 + here - first, continued)
 
 
 def permutation(n: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -101,20 +125,23 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class Plan:
-    """The endless sequence of rows of one source. Thread-safe.
+    """The endless sequence of rows of one source in one shape. Thread-safe.
 
     Attributes:
         epoch_tokens: tokens of the documents, once.
         block_epochs: epochs that are planned together.
+        epoch_blocks: blocks that an epoch is planned in; this or ``block_epochs`` is 1.
+        start: where it begins.
     """
 
-    def __init__(self, store: store_lib.TokenStore, *, documents: np.ndarray, packing: Packing):
+    def __init__(self, store: store_lib.Store, *, documents: np.ndarray, packing: Packing, start: Start | None = None):
         """Plans over a subset of a store.
 
         Args:
             store: whose index is used; no document is read.
             documents: ``i64[n]`` numbers of the documents to use.
             packing: how to cut.
+            start: where an earlier plan over the same documents, of another shape, has come to (`after`).
 
         Raises:
             ValueError: no documents, or a media span that no row can hold.
@@ -122,23 +149,31 @@ class Plan:
         if not len(documents):
             raise ValueError(f"data store {store.path}: no documents in this split; change `holdout` or use a larger store")
         self._store, self._packing, self._documents = store, packing, documents
+        self.start = start or Start()
         self._lengths = store.documents["tokens"][documents].astype(np.int64)
         self._has_media = bool(store.documents["spans"][documents].any())
-        if self._has_media:
-            self._check_spans()
+        self._check_spans()
         self.epoch_tokens = int(self._lengths.sum())
-        self.block_epochs = max(1, math.ceil(_BLOCK_ROWS * packing.sequence_length / self.epoch_tokens))
-        self._first_row = [0]
-        self._lock = threading.Lock()
+        epochs = _BLOCK_ROWS * packing.sequence_length / self.epoch_tokens
+        self.block_epochs = max(1, math.ceil(epochs))
+        self.epoch_blocks = max(1, math.floor(1 / epochs)) if packing.policy == "no_split" else 1
+        self._first = self._block_of(self.start.place)
+        # Rows of every block but the first are known without planning it: their number does not depend on the documents' order.
+        self._same_rows = packing.policy == "one_document" or (packing.policy == "split_text_keep_spans" and not self._has_media)
+        self._rows, self._tokens = [0], [0]  # of the blocks before each that was planned
+        self._lock = threading.RLock()
+        self._order = functools.lru_cache(maxsize=2)(lambda epoch: permutation(len(documents), seed=packing.seed, epoch=epoch))
         self._block = functools.lru_cache(maxsize=3)(self._plan_block)
 
     def _check_spans(self) -> None:
-        packing, documents = self._packing, self._documents
+        if not self._has_media:
+            return
+        length, patches, frames = self._packing.limits
         limits = {
-            document_lib.IMAGE: ("image", {"max_patches": packing.max_patches, "sequence_length": packing.sequence_length}),
-            document_lib.AUDIO: ("audio", {"max_audio_frames": packing.max_audio_frames, "sequence_length": packing.sequence_length}),
+            document_lib.IMAGE: ("image", {"max_patches": patches, "sequence_length": length}),
+            document_lib.AUDIO: ("audio", {"max_audio_frames": frames, "sequence_length": length}),
         }
-        spans = self._store.spans[_gather(self._store.span_start, documents)]
+        spans = self._store.spans[_gather(self._store.span_start, self._documents)]
         for kind, (name, bounds) in limits.items():
             longest = int(spans["n"][spans["kind"] == kind].max(initial=0))
             for field, bound in bounds.items():
@@ -148,18 +183,40 @@ class Plan:
 
     def row(self, i: int) -> list[Piece]:
         """Row ``i``, from 0 without end: its pieces in order, together at most S tokens; the rest of the row is padding."""
+        return _listed(self.slice(i, start=0, stop=self._packing.sequence_length).pieces)
+
+    def slice(self, i: int, *, start: int, stop: int) -> Slice:
+        """Places ``start:stop`` of row ``i``. What the rest of the row holds is not looked at."""
         with self._lock:
             number, row = self._locate(i)
             block = self._block(number)
-        return block.row(row)
+        return block.slice(row, start=start, stop=stop)
 
-    def _locate(self, i: int) -> tuple[int, int]:
-        if not self._has_media and self._packing.policy == "cut_text":
-            return divmod(i, -(-self.epoch_tokens * self.block_epochs // self._packing.sequence_length))
-        while self._first_row[-1] <= i:
-            self._first_row.append(self._first_row[-1] + self._block(len(self._first_row) - 1).rows)
-        number = bisect.bisect_right(self._first_row, i) - 1
-        return number, i - self._first_row[number]
+    def tokens_before(self, n: int) -> int:
+        """Tokens of the first ``n`` rows, padding left out."""
+        with self._lock:
+            number, row = self._locate(n)
+            before = self._tokens[number] if number < len(self._tokens) else self._tokens[1] + (number - 1) * self._block_tokens()
+            return before + (int(self._block(number).cuts[row]) if row else 0)
+
+    def after(self, n: int) -> Start:
+        """Where a plan of another shape goes on after the first ``n`` rows of this one."""
+        with self._lock:
+            number, row = self._locate(n)
+            low, high = self._places(number)
+            head = self.start.head if number == 0 else ()
+            if not row:
+                return Start(head, low)
+            block = self._block(number)
+        cut = int(block.cuts[row])
+        if self._packing.policy == "no_split":
+            return Start(tuple(_listed(block.pieces(cut, int(block.cuts[-1])))), high)
+        item = int(np.searchsorted(block.starts, cut, side="right")) - 1
+        rest = _listed(block.pieces(cut, int(block.starts[item + 1])))
+        if item < len(head):
+            return Start((*rest, *head[item + 1 :]), low)
+        split = cut > block.starts[item]
+        return Start(tuple(rest) if split else (), low + item - len(head) + split)
 
     def fill(self) -> float:
         """Share of the first block's places that are tokens and not padding."""
@@ -167,64 +224,107 @@ class Plan:
             block = self._block(0)
         return float(block.cuts[-1]) / (block.rows * self._packing.sequence_length)
 
-    def _plan_block(self, number: int) -> Block:
-        epochs = range(number * self.block_epochs, (number + 1) * self.block_epochs)
-        order = np.concatenate([permutation(len(self._documents), seed=self._packing.seed, epoch=epoch) for epoch in epochs])
-        documents = self._documents[order]
-        starts = np.concatenate([[0], np.cumsum(self._lengths[order])])
-        if not self._has_media and self._packing.policy == "cut_text":
-            length = self._packing.sequence_length
-            cuts = np.minimum(np.arange(-(-starts[-1] // length) + 1) * length, starts[-1])
+    def _block_of(self, place: int) -> int:
+        epoch, within = divmod(place, len(self._documents))
+        if self.epoch_blocks == 1:
+            return epoch // self.block_epochs
+        return epoch * self.epoch_blocks + bisect.bisect_right(range(self.epoch_blocks), within, key=self._window) - 1
+
+    def _window(self, i: int) -> int:
+        return len(self._documents) * i // self.epoch_blocks
+
+    def _places(self, number: int) -> tuple[int, int]:
+        """The documents of the stream that block ``number``, counted from the plan's first, is made of."""
+        block, n = self._first + number, len(self._documents)
+        if self.epoch_blocks == 1:
+            low, high = block * self.block_epochs * n, (block + 1) * self.block_epochs * n
         else:
-            cuts = _cut(starts, spans=_stream_spans(self._store, documents=documents, starts=starts), packing=self._packing)
-        return Block(documents=documents, starts=starts, cuts=cuts)
+            epoch, window = divmod(block, self.epoch_blocks)
+            low, high = epoch * n + self._window(window), epoch * n + self._window(window + 1)
+        return (self.start.place, high) if number == 0 else (low, high)
+
+    def _block_tokens(self) -> int:
+        return self.block_epochs * self.epoch_tokens
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        """The block of row ``i``, and the row's number in it."""
+        while self._rows[-1] <= i and not (self._same_rows and len(self._rows) == 3):
+            self._count(len(self._rows) - 1)
+        if self._rows[-1] <= i:
+            first, second = self._rows[1:]
+            number, row = divmod(i - first, second - first)
+            return 1 + number, row
+        number = bisect.bisect_right(self._rows, i) - 1
+        return number, i - self._rows[number]
+
+    def _count(self, number: int) -> None:
+        """Adds block ``number`` to the sums of rows and tokens."""
+        if self._packing.policy == "split_text_keep_spans" and not self._has_media:
+            whole = number > 0 or self.start == Start()
+            tokens = self._block_tokens() if whole else int(self._items(number)[2].sum())
+            rows = -(-tokens // self._packing.sequence_length)
+        else:
+            block = self._block(number)
+            rows, tokens = block.rows, int(block.cuts[-1])
+        self._rows.append(self._rows[-1] + rows)
+        self._tokens.append(self._tokens[-1] + tokens)
+
+    def _items(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Document, first token and length of each item of a block, before it is cut."""
+        low, high = self._places(number)
+        n, parts = len(self._documents), []
+        for epoch in range(low // n, -(-high // n)):
+            parts.append(self._order(epoch)[max(low - epoch * n, 0) : high - epoch * n])
+        order = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        documents, lengths = self._documents[order], self._lengths[order]
+        if number or not self.start.head:
+            return documents, np.broadcast_to(np.int64(0), len(documents)), lengths
+        head = np.array(self.start.head, np.int64)
+        offsets = np.concatenate([head[:, 1], np.zeros(len(documents), np.int64)])
+        return np.concatenate([head[:, 0], documents]), offsets, np.concatenate([head[:, 2] - head[:, 1], lengths])
+
+    def _plan_block(self, number: int) -> Block:
+        packing = self._packing
+        documents, offsets, lengths = self._items(number)
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        spans = self._spans(documents, offsets=offsets, lengths=lengths, starts=starts) if self._has_media else None
+        if packing.policy == "split_text_keep_spans":
+            return Block(documents, offsets, starts, packing_lib.cut_anywhere(starts, spans=spans, packing=packing))
+        cuts = packing_lib.cut_documents(starts, spans=spans, packing=packing)
+        if packing.policy == "one_document":
+            return Block(documents, offsets, starts, cuts)
+        row_of = packing_lib.best_fit(cuts, spans=spans, packing=packing)
+        rows = int(row_of.max()) + 1
+        shuffled = np.empty(rows, np.int64)
+        shuffled[permutation(rows, seed=packing.seed, epoch=_SHUFFLE_ROWS + self._first + number)] = np.arange(rows)
+        return _regroup(Block(documents, offsets, starts, cuts), row_of=shuffled[row_of])
+
+    def _spans(self, documents: np.ndarray, *, offsets: np.ndarray, lengths: np.ndarray, starts: np.ndarray) -> packing_lib.Spans:
+        """Media of a block's items, in its coordinates."""
+        spans = self._store.spans[_gather(self._store.span_start, documents)]
+        counts = self._store.documents["spans"][documents]
+        at = spans["at"] - np.repeat(offsets, counts)
+        inside = (at >= 0) & (at < np.repeat(lengths, counts))
+        at = (at + np.repeat(starts[:-1], counts))[inside]
+        return packing_lib.Spans.of(spans["kind"][inside], at=at, n=spans["n"][inside].astype(np.int64))
+
+
+def _listed(pieces: store_lib.Pieces) -> list[Piece]:
+    return list(map(Piece, *(array.tolist() for array in pieces)))
+
+
+def _regroup(block: Block, *, row_of: np.ndarray) -> Block:
+    """The parts between a block's cuts as items of their own, those of a row one after another."""
+    order = np.argsort(row_of, kind="stable")
+    begins, lengths = block.cuts[:-1][order], np.diff(block.cuts)[order]
+    item = np.searchsorted(block.starts, begins, side="right") - 1
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    rows = np.searchsorted(row_of[order], np.arange(int(row_of.max()) + 1))
+    return Block(block.documents[item], block.offsets[item] + begins - block.starts[item], starts, np.append(starts[rows], starts[-1]))
 
 
 def _gather(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Positions ``offsets[r] : offsets[r + 1]`` for each r of ``rows``, one after another."""
     counts = offsets[rows + 1] - offsets[rows]
     ends = np.cumsum(counts)
-    return np.arange(int(ends[-1])) + np.repeat(offsets[rows] - (ends - counts), counts)
-
-
-def _stream_spans(store: store_lib.TokenStore, *, documents: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """``i64[spans, 3]``: kind, first token and length of each media span, in stream coordinates."""
-    spans = store.spans[_gather(store.span_start, documents)]
-    offset = np.repeat(starts[:-1], store.documents["spans"][documents])
-    return np.stack([spans["kind"].astype(np.int64), offset + spans["at"], spans["n"].astype(np.int64)], axis=-1)
-
-
-def _cut(starts: np.ndarray, *, spans: np.ndarray, packing: Packing) -> np.ndarray:
-    """``i64[rows + 1]``: the cuts of a stream that has media or whole documents."""
-    kind, at, n = spans.T
-    budgets = []
-    for which, budget in ((document_lib.IMAGE, packing.max_patches), (document_lib.AUDIO, packing.max_audio_frames)):
-        mine = kind == which
-        if mine.any():
-            budgets.append((_view(at[mine]), _view(np.concatenate([[0], np.cumsum(n[mine])])), budget))
-    span_at, span_end, document_at = _view(at), _view(at + n), _view(starts)
-    whole = packing.policy == "whole_documents"
-    begin, total, cuts = 0, int(starts[-1]), [0]
-    while begin < total:
-        end = min(begin + packing.sequence_length, total)
-        for start, used, budget in budgets:
-            first = bisect.bisect_left(start, begin)
-            last = bisect.bisect_right(used, used[first] + budget) - 1  # spans before `last` fit
-            if last < len(start):
-                end = min(end, start[last])
-        span = bisect.bisect_left(span_at, end) - 1
-        if span >= 0 and end < span_end[span]:
-            end = span_at[span]
-        if whole:
-            document = document_at[bisect.bisect_right(document_at, end) - 1]
-            if document > begin:
-                end = document
-        assert end > begin, "a span that no row can hold passed the check"
-        cuts.append(end)
-        begin = end
-    return np.array(cuts, np.int64)
-
-
-def _view(array: np.ndarray) -> Sequence[int]:
-    """For `bisect`: five times faster than `searchsorted` for one number, and no copy as a list would be."""
-    return np.ascontiguousarray(array).data
+    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(offsets[rows] - (ends - counts), counts)
