@@ -92,13 +92,13 @@ class RowPieces(NamedTuple):
 def fill(batch: batch_lib.Batch, rows: Sequence[RowPieces], *, tokenizer: tokenizer_lib.Tokenizer) -> None:
     """Writes all rows of a batch (`batch.allocate` is enough), in place; ``source`` is left to the caller."""
     rows = [row._replace(pieces=store_lib.Pieces.of(row.pieces)) for row in rows]
+    weights = _weights(tokenizer)
     documents = [store_lib.Pieces.of(row.pieces).documents for row in rows]
     for group in _groups(rows, documents):
-        for reader in {rows[i].reader for i in group}:
+        for reader in {rows[i].reader for i in group if rows[i].reader.store.whole_documents}:
             reader.store.load(np.concatenate([documents[i] for i in group if rows[i].reader is reader]).tolist())
         for i in group:
-            _Row(batch, i, rows[i], pad=tokenizer.pad).fill()
-    np.take(_weights(tokenizer), np.asarray(batch.tokens), mode="clip", out=np.asarray(batch.loss_weight))
+            _Row(batch, i, rows[i], pad=tokenizer.pad).fill(weights)
 
 
 def _groups(rows: Sequence[RowPieces], documents: Sequence[np.ndarray]) -> Iterator[list[int]]:
@@ -107,6 +107,8 @@ def _groups(rows: Sequence[RowPieces], documents: Sequence[np.ndarray]) -> Itera
     for i, row in enumerate(rows):
         group.append(i)
         store = row.reader.store
+        if not store.whole_documents:
+            continue
         entries = store.documents[documents[i]]
         by_field = {"tokens": _TOKEN_BYTES, "patches": 3 * store.image_patch**2, "frames": _FRAME_BYTES}
         size += sum(int(entries[field].sum(dtype=np.int64)) * width for field, width in by_field.items())
@@ -135,13 +137,15 @@ class _Row:
         self._begins = np.cumsum(self._lengths) - self._lengths
         mine = {name: np.asarray(array)[row] for name, array in vars(batch).items()}
         self._tokens, self._segment_ids, self._positions = mine["tokens"], mine["segment_ids"], mine["positions"]
-        self._modality, self._counts = mine["modality"], (mine["n_documents"], mine["n_bad"])
+        self._modality, self._loss_weight = mine["modality"], mine["loss_weight"]
+        self._counts = (mine["n_documents"], mine["n_bad"])
         self._payload = {document_lib.IMAGE: mine["patches"], document_lib.AUDIO: mine["audio"]}
         self._slots = {document_lib.IMAGE: mine["patch_slot"], document_lib.AUDIO: mine["audio_slot"]}
         self._xy = mine["patch_xy"]
         self._next = {document_lib.IMAGE: 0, document_lib.AUDIO: 0}
 
-    def fill(self) -> None:
+    def fill(self, weights: np.ndarray) -> None:
+        """Writes everything; ``weights`` are those of ids as targets."""
         reader, _, segment, continued = self._what
         pieces = self._pieces
         n = int(self._lengths.sum())
@@ -164,6 +168,7 @@ class _Row:
             begin = int(self._begins[i])
             self._blank(slice(begin, begin + int(self._lengths[i])))
             reader.report(int(pieces.documents[i]), error)
+        np.take(weights, self._tokens, mode="clip", out=self._loss_weight)
         documents, failed = self._counts
         documents[...] = len(numbers) - continued
         failed[...] = len(bad) - (continued and 0 in bad)

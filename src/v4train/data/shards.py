@@ -135,7 +135,7 @@ class OpenFile:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
 
-    def read(self, buffers: list[Any], *, at: int, size: int) -> None:
+    def read(self, buffers: Sequence[Any], *, at: int, size: int) -> None:
         """Fills buffers of together ``size`` bytes.
 
         Raises:
@@ -187,20 +187,25 @@ class FlatShards:
         place = self._places[documents]
         first = place["chunk"].astype(np.int64) + begin // CHUNK
         at = (place["at"].astype(np.int64) + begin) * self._dtype.itemsize
+        expected = self._checksums[first]
         buffer, bad, done = np.empty(int((end - begin).max(initial=0)), self._dtype), {}, 0
-        columns = (shards, at, end - begin, starts - begin, stops - begin, first)
-        for i, (shard, byte, n, start, stop, chunk) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
+        columns = (shards, at, end - begin, starts - begin, stops - begin, first, expected)
+        for i, (shard, byte, n, start, stop, chunk, digest) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
             try:
                 part = buffer[:n]
-                self._tokens[shard].read([part], at=byte, size=n * self._dtype.itemsize)
-                for k in range(0, n, CHUNK):
-                    if checksum(part[k : k + CHUNK]) != self._checksums[chunk + k // CHUNK]:
-                        raise document_lib.DamagedRecordError(f"wrong checksum of the tokens at byte {byte + k * self._dtype.itemsize}")
+                self._tokens[shard].read((part,), at=byte, size=n * self._dtype.itemsize)
+                if checksum(part if n <= CHUNK else part[:CHUNK]) != digest or (n > CHUNK and not self._rest_is_whole(part, chunk)):
+                    raise document_lib.DamagedRecordError(f"wrong checksum of tokens between bytes {byte} and {byte + part.nbytes}")
                 out[done : done + stop - start] = part[start:stop]
             except (document_lib.DamagedRecordError, OSError) as error:
                 bad[i] = unreadable(error)
             done += stop - start
         return bad
+
+    def _rest_is_whole(self, part: np.ndarray, chunk: int) -> bool:
+        """Whether all chunks but the first, number ``chunk``, have their checksums."""
+        digests = [checksum(part[at : at + CHUNK]) for at in range(CHUNK, len(part), CHUNK)]
+        return digests == self._checksums[chunk + 1 : chunk + 1 + len(digests)].tolist()
 
     def read_span(self, k: int, *, shard: int, image: bool, values: np.ndarray, xy: np.ndarray | None) -> None:
         """Media span number ``k`` of the store into ``values u8[n, width]`` and, of an image, ``xy i16[n, 2]``."""

@@ -62,6 +62,7 @@ class Store(Protocol):
         spans: all media spans, `document.SPAN` each; those of document ``i`` are ``spans[span_start[i]:span_start[i + 1]]``.
         span_start: ``i64[documents + 1]``.
         image_patch: side of the patches; of no meaning where there are none.
+        whole_documents: whether a piece costs its whole document, so that `load` pays.
         tokenizer_fingerprint: of the tokenizer that the ids are from.
         fingerprint: changes with the documents; what of them it covers is for the reader of a format to say.
     """
@@ -71,6 +72,7 @@ class Store(Protocol):
     spans: np.ndarray
     span_start: np.ndarray
     image_patch: int
+    whole_documents: bool
     tokenizer_fingerprint: str
     fingerprint: str
 
@@ -273,6 +275,7 @@ class TokenStore:
         self._rules = document_lib.Rules(tokenizer["vocab_size"], tokenizer["image"], tokenizer["audio"], 3 * self.image_patch**2)
         self._latest = decoded.Latest(cache_bytes)
         self._flat = self._open_flat() if manifest.get("layout", "records") == "flat" else None
+        self.whole_documents = self._flat is None
         self._records = shards_lib.RecordShards([path / shard["name"] for shard in shards], ends=self._shard_end.tolist())
 
     def _open_flat(self) -> shards_lib.FlatShards:
