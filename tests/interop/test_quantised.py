@@ -174,6 +174,16 @@ def test_every_maximum_survives_a_round_trip():
     assert (unpacked_codes(fp4.values)[:, -1] >= 6).all()
 
 
+def test_zeros_keep_their_sign_under_the_scale_one():
+    weight = np.zeros((130, 160), np.float32)
+    weight[:, 1] = -0.0
+    fp8, fp4 = quantised.fp8_quantise(weight), quantised.mxfp4_pack(weight)
+    assert (bits(fp8.scale) == 127).all()
+    assert (bits(fp4.scale) == 127).all()
+    assert (bits(fp8.values)[:, :3] == [0, 0x80, 0]).all()
+    assert (bits(fp4.values)[:, :2] == [0x80, 0]).all()
+
+
 def test_any_codes_with_a_full_block_come_back_bit_for_bit():
     """Subnormal, saturated and negative-zero codes under every scale that stays within float32."""
     rng = np.random.default_rng(2)

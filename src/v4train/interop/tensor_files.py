@@ -303,8 +303,9 @@ def complete_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
             temporary.mkdir()
             stack.callback(os.close, _lock(temporary))
         try:
-            with disk_errors(path):
+            with disk_errors(path, only=_FULL):  # other errors of the caller's are about other places
                 yield temporary
+            with disk_errors(path):
                 _flush(temporary)
                 os.rename(temporary, path)
                 integrity.flush_directory(path.parent)
@@ -314,8 +315,12 @@ def complete_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def disk_errors(path: pathlib.Path) -> Iterator[None]:
+def disk_errors(path: pathlib.Path, *, only: tuple[int, ...] = ()) -> Iterator[None]:
     """Turns what the operating system says about a place to write to into a message to the user.
+
+    Args:
+        path: the place.
+        only: the error numbers to turn, others pass; all if empty.
 
     Raises:
         ValueError: there is no space, permission, or device any more; the message names the place.
@@ -325,6 +330,8 @@ def disk_errors(path: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise ValueError(f"no space left to write {path} ({error.strerror}); free some, or choose another directory") from error
+        if only:
+            raise
         raise ValueError(f"{path} cannot be written: {error}") from error
 
 
