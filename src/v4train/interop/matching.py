@@ -183,7 +183,8 @@ def _suggestion(pattern: str, known: Mapping[str, str]) -> str:
 
 
 def _message(problems: list[tuple[str, str, str]], slots: tuple[names.Slot, ...], subject: str) -> str:
-    text = [f"{subject}: {len(problems)} tensors do not fit the model of config.json"]
+    count = "1 tensor does" if len(problems) == 1 else f"{len(problems)} tensors do"
+    text = [f"{subject}: {count} not fit the model of config.json"]
     for wrong, remedy in _REMEDIES.items():
         found = [(name, note) for kind, name, note in problems if kind == wrong]
         if not found:
