@@ -135,6 +135,15 @@ def test_tensors_come_in_any_order_of_any_strides_from_several_threads(tmp_path)
     assert_equal_directory(tmp_path, arrays)
 
 
+def test_the_system_may_move_fewer_bytes_than_asked(tmp_path, monkeypatch):
+    pwrite, preadv = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: pwrite(descriptor, data[:600], offset))
+    monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, offset: preadv(descriptor, [buffers[0][:70]], offset))
+    arrays = {"x": np.arange(1000), "y": np.arange(77, dtype=np.int8)}
+    write(tmp_path, arrays)
+    assert_equal_directory(tmp_path, arrays)
+
+
 def test_two_sets_of_files_share_a_directory_and_its_digests(tmp_path):
     first, second = tensors(seed=1), {"v4train.stem": np.ones(3, np.float32)}
     write(tmp_path, first, shard_bytes=500)
