@@ -95,6 +95,9 @@ class Writer:
 
     Attributes:
         chunks: name -> shape of a chunk. Blocks that consist of whole chunks are written without reading.
+
+    Raises:
+        OSError: the disk is full, or failed.
     """
 
     def __init__(self, directory: pathlib.Path, *, table: arrays.Table):
@@ -102,8 +105,10 @@ class Writer:
         self._table = {name: row for name, row in table.items() if math.prod(row["shape"])}
         self._directory = directory
         self.chunks = {name: chunk_shape(tuple(row["shape"]), np.dtype(row["dtype"])) for name, row in self._table.items()}
-        self._context = _context()
-        self._open: tuple[str, Any] = ("", None)
+        context = _context()
+        # All at once, so that they are committed together.
+        opening = {name: _create(directory, name, row, self.chunks[name], context) for name, row in self._table.items()}
+        self._arrays = {name: _explain(future.result) for name, future in opening.items()}
         self._writes: list[Any] = []
         self._bytes = 0
         self._missing = {name: math.prod(row["shape"]) for name, row in self._table.items()}
@@ -116,7 +121,7 @@ class Writer:
         """
         row = self._table[name]
         assert block.dtype == np.dtype(row["dtype"]), f"{name} is {row['dtype']}, the block {block.dtype}"
-        target = self._array(name)[index]
+        target = self._arrays[name][index]
         assert target.shape == block.shape, f"{name}{list(index)} is {target.shape}, the block {block.shape}"
         writes = _explain(lambda: target.write(np.asarray(block, order="C")))
         self._writes.append(writes)
@@ -136,12 +141,6 @@ class Writer:
         writes, self._writes, self._bytes = self._writes, [], 0
         for write in writes:
             _explain(write.result)
-
-    def _array(self, name: str) -> Any:
-        # One at a time: blocks of an array usually follow each other, and an open array holds memory.
-        if self._open[0] != name:
-            self._open = (name, _explain(lambda: _create(self._directory, name, self._table[name], self.chunks[name], self._context)))
-        return self._open[1]
 
 
 class Reader:
@@ -213,7 +212,7 @@ def _create(directory: pathlib.Path, name: str, row: dict[str, Any], chunk: tupl
             "codecs": [{"name": "sharding_indexed", "configuration": inner}],
         },
     }
-    return ts.open(spec, open=True, create=True, context=context).result()
+    return ts.open(spec, create=True, context=context)
 
 
 def _explain(action: Any) -> Any:

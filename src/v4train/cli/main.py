@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("v4train.cli.train", "train a model from a recipe"),
     "data": ("v4train.cli.data", "prepare data for training, and look at them"),
+    "convert": ("v4train.cli.convert", "read and write open weights"),
     "bench": ("v4train.cli.bench", "measure speed"),
     "report": ("v4train.cli.report", "show what a run did"),
 }
