@@ -6,7 +6,7 @@ from v4train.data.inspection import rows as rows_lib
 _PICTURES = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "\u2421"}
 _DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C)
 _C1 = range(0x80, 0xA0)
-_VISIBLE = _PICTURES | {code: f"\u2329U+{code:04X}\u232a" for code in (*_DIRECTIONS, *_C1, 0x2028, 0x2029, 0xFEFF)}
+_VISIBLE = _PICTURES | {code: f"\u2039U+{code:04X}\u203a" for code in (*_DIRECTIONS, *_C1, 0x2028, 0x2029, 0xFEFF)}
 _LINE_BREAK = _PICTURES | {10: "\u21b5\n", 9: "\u21e5\t"}
 
 

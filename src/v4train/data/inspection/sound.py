@@ -58,10 +58,10 @@ def _magnitudes(frames: np.ndarray) -> np.ndarray:
 def _spectrum(mel: np.ndarray) -> np.ndarray:
     """``f64[n, 80] -> f64[n, 801]``."""
     filters = media.mel_filters(RATE)
-    gram, wanted = filters @ filters.T, mel @ filters.T
+    wanted = mel @ filters.T
     spectrum = wanted.copy()
     for _ in range(_SPECTRUM_STEPS):
-        spectrum *= wanted / (spectrum @ gram + _TINY)
+        spectrum *= wanted / (spectrum @ filters @ filters.T + _TINY)
     return spectrum
 
 
