@@ -6,8 +6,8 @@ written and again whenever it is read.
 
 The record (little endian) is a header, the key, the tokens, the spans and the payloads. Tokens are stored as *byte planes*: all low
 bytes, then all second bytes, and so on, as many planes as the largest id needs. The high planes of a text are nearly constant, so
-zstd brings u32 ids down to the size of the text itself (interleaved u32 costs about a third more), and a plane is decoded by one
-vectorised shift. Modality is not stored: it follows from the spans.
+zstd brings u32 ids down to the size of the text itself (interleaved u32 costs about a third more), and planes are decoded by
+strided copies. Modality is not stored: it follows from the spans.
 """
 
 import dataclasses
@@ -79,6 +79,9 @@ class Rules:
         _require(0 < len(tokens) < 2**32, "it has no tokens")
         highest = int(tokens.max())
         _require(highest < self.vocab_size, f"id {highest} is outside the vocabulary of {self.vocab_size}")
+        if not len(document.spans):
+            stray = bool(((tokens == self.image) | (tokens == self.audio)).any())
+            return _require(not (stray or len(document.patches) or len(document.audio)), "placeholders or media outside of spans")
         placeholders, last = {IMAGE: 0, AUDIO: 0}, 0
         for kind, at, n in document.spans.tolist():
             _require(kind in placeholders and n > 0, "a span has no kind or no length")
@@ -90,8 +93,7 @@ class Rules:
             name, n = "image patches" if kind == IMAGE else "audio frames", placeholders[kind]
             _require(n == len(payload), f"{n} placeholders for {len(payload)} {name}")
             _require(n == int(np.count_nonzero(tokens == placeholder)), f"a placeholder of {name} outside of its spans")
-        if len(document.spans):
-            self._check_payload(document)
+        self._check_payload(document)
 
     def _check_payload(self, document: Document) -> None:
         patches, frames = document.patches, document.audio
@@ -161,9 +163,10 @@ def decode(record: bytes) -> Document:
     at = list(itertools.accumulate(sizes, initial=_HEADER.size))
     _require(at[-1] == len(record), "the record's lengths do not add up")
     plane = np.frombuffer(record, np.uint8, planes * n, at[1]).reshape(planes, n)
-    tokens = plane[0].astype(np.uint32)
-    for i in range(1, planes):
-        tokens |= plane[i].astype(np.uint32) << np.uint32(8 * i)
+    interleaved = np.zeros((n, 4), np.uint8)
+    for i in range(planes):
+        interleaved[:, i] = plane[i]
+    tokens = interleaved.view("<u4")[:, 0]
     key = record[at[0] : at[1]].decode(errors="replace")
     if not spans:
         _require(not patches and not frames, "media without spans")
