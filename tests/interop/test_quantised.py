@@ -278,11 +278,13 @@ def test_base_checkpoints_with_float32_scales_are_read():
     "store", [quantised.fp8_quantise, quantised.mxfp4_pack, quantised.to_bf16, quantised.require_finite], ids=lambda f: f.__name__
 )
 def test_what_is_not_finite_is_refused_by_name(store, poison):
-    weight = np.ones((130, 160), np.float32)
-    store(weight, name="fine")
-    weight[129, 159] = poison
-    with pytest.raises(ValueError, match=r"layers\.1\.ffn: there is (NaN|an infinite value)"):
-        store(weight, name="layers.1.ffn")
+    weight = np.ones((160, 160), np.float32)
+    for fine in (weight, weight.T, weight.astype(ml_dtypes.bfloat16)):
+        store(fine, name="fine")
+    weight[159, 150] = poison
+    for same in (weight, weight.T, weight.astype(ml_dtypes.bfloat16)):
+        with pytest.raises(ValueError, match=r"layers\.1\.ffn: there is (NaN|an infinite value)"):
+            store(same, name="layers.1.ffn")
 
 
 def test_bf16_is_rounded_to_even_and_does_not_become_infinite():
@@ -355,14 +357,17 @@ def test_deviations_add_up():
 
 def test_scratch_memory_does_not_grow_with_the_matrix():
     weight = np.random.default_rng(6).normal(size=(2048, 8192)).astype(np.float32)  # 64 MiB
-    fp8, fp4 = quantised.fp8_quantise(weight), quantised.mxfp4_pack(weight)
+    fp8, fp4, narrow = quantised.fp8_quantise(weight), quantised.mxfp4_pack(weight), weight.astype(ml_dtypes.bfloat16)
     acts = {
         "fp8 write": (lambda: quantised.fp8_quantise(weight), weight.size),
         "fp8 read": (lambda: quantised.fp8_dequantise(fp8.values, scale=fp8.scale), 4 * weight.size),
         "fp4 write": (lambda: quantised.mxfp4_pack(weight), weight.size * 17 // 32),
         "fp4 read": (lambda: quantised.mxfp4_unpack(fp4.values, scale=fp4.scale), 4 * weight.size),
         "compare": (lambda: quantised.compare(weight, stored=weight), 0),
-        "finite": (lambda: quantised.require_finite(weight), 0),
+        "finite": (lambda: quantised.require_finite(weight.T), 0),
+        "narrow": (lambda: quantised.require_finite(narrow.T), 0),
+        "transposed fp8": (lambda: quantised.fp8_quantise(weight.T), weight.size),
+        "transposed fp4": (lambda: quantised.mxfp4_pack(weight.T), weight.size * 17 // 32),
     }
     scratch = {}
     for name, (act, result) in acts.items():

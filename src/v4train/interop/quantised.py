@@ -165,7 +165,7 @@ def fp8_quantise(
     for band in range(scale_shape[0]):
         rows = slice(band * block[0], min((band + 1) * block[0], values_shape[0]))
         for columns in _column_chunks(values_shape, block=block):
-            piece = np.ascontiguousarray(weight[rows, columns], dtype=np.float32)
+            piece = _row_major(weight[rows, columns])
             blocks = slice(columns.start // block[1], -(-columns.stop // block[1]))
             largest = _block_maxima(piece, width=block[1])
             _require_finite(largest, name=name)
@@ -231,7 +231,7 @@ def mxfp4_pack(weight: np.ndarray, *, scale: np.ndarray | None = None, name: str
     scales = np.empty(scale_shape, np.uint8) if scale is None else scale
     factors = None if scale is None else _factors(scale, shape=scale_shape, name=name)
     for rows in _row_chunks(weight.shape):
-        piece = np.ascontiguousarray(weight[rows], dtype=np.float32)
+        piece = _row_major(weight[rows])
         grouped = piece.reshape(len(piece), scale_shape[1], FP4_GROUP)
         largest = np.maximum.reduceat(np.abs(piece).ravel(), np.arange(0, piece.size, FP4_GROUP)) if piece.size else piece[:0]
         largest = largest.reshape(len(piece), scale_shape[1])
@@ -286,7 +286,7 @@ def to_bf16(weight: np.ndarray, *, name: str = "the tensor") -> np.ndarray:
 
 
 def require_finite(weight: np.ndarray, *, name: str = "the tensor") -> None:
-    """Refuses f32 that no model can have learnt.
+    """Refuses floats (of any dtype up to f32) that no model can have learnt.
 
     Raises:
         ValueError: a value is NaN or infinite; the message names the tensor.
@@ -304,8 +304,8 @@ def compare(source: np.ndarray, *, stored: np.ndarray) -> Deviation:
         a = np.asarray(left[rows], np.float64)
         if a.size:
             error = np.abs(a - np.asarray(right[rows], np.float64))
-            norms = float(np.vdot(error, error)), float(np.vdot(a, a))
-            total += Deviation(a.size, *norms, float(error.max()), float(max(a.max(), -a.min())))
+            largest = float(error.max()), float(max(a.max(), -a.min()))
+            total += Deviation(a.size, float(np.square(error).sum()), float(np.square(a).sum()), *largest)
     return total
 
 
@@ -322,6 +322,16 @@ def _nearest(scaled: np.ndarray, *, table: np.ndarray) -> np.ndarray:
     upper |= bits
     upper >>= np.uint32(16)
     return table.take(upper)
+
+
+def _row_major(piece: np.ndarray) -> np.ndarray:
+    """As f32 in rows. Our own matrices come transposed; in narrow strips their cache lines stay until used, three times as fast."""
+    if piece.strides[0] >= piece.strides[1]:
+        return np.ascontiguousarray(piece, dtype=np.float32)
+    rows = np.empty(piece.shape, np.float32)
+    for start in range(0, piece.shape[1], 32):
+        rows[:, start : start + 32] = piece[:, start : start + 32]
+    return rows
 
 
 def _scale_bytes(largest: np.ndarray, *, reach: np.float32) -> np.ndarray:
@@ -355,8 +365,14 @@ def _multiply(product: np.ndarray, factors: np.ndarray, *, name: str) -> None:
 
 
 def _extremes(weight: np.ndarray) -> np.ndarray:
+    """The largest and the smallest values, NaN if there is one. Narrow floats are compared as f32: their own comparisons are slow."""
+    if not weight.size:
+        return np.zeros(0, np.float32)
+    rows = weight.reshape(1, -1) if weight.ndim < 2 else weight
+    step = len(rows) if weight.dtype == np.float32 else max(1, _CHUNK * len(rows) // weight.size)
     with np.errstate(invalid="ignore"):
-        return np.array([weight.max(), weight.min()] if weight.size else [], np.float32)
+        pieces = (rows[start : start + step].astype(np.float32, copy=False) for start in range(0, len(rows), step))
+        return np.array([extreme for piece in pieces for extreme in (piece.max(), piece.min())], np.float32)
 
 
 def _block_maxima(piece: np.ndarray, *, width: int) -> np.ndarray:
