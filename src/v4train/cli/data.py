@@ -9,6 +9,7 @@ import importlib
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("v4train.cli.data_prepare", "make a token store from files of text, images and sound"),
     "inspect": ("v4train.cli.data_inspect", "show what the model will see at a step"),
+    "stats": ("v4train.cli.data_stats", "show what the mixture is made of and what training draws of it"),
 }
 """Name -> (module, help)."""
 

@@ -5,6 +5,7 @@ batch may be larger than this machine: then only the first part of it is read, e
 """
 
 import argparse
+import math
 import pathlib
 
 DEFAULT_TOKENS = {"terminal": 2_000, "html": 8_192}  # places of a row
@@ -40,10 +41,11 @@ def run(args: argparse.Namespace) -> int:
     tokens = args.tokens or DEFAULT_TOKENS["html" if args.html else "terminal"]
     window = (args.start, args.start + tokens)
     recipe = subject.recipe
-    hosts = 1 if args.source else _most_hosts(recipe.train.batch_rows, rows=args.rows)
+    hosts = 1 if args.source else _most_hosts(recipe, rows=args.rows)
     data = pipeline.Pipeline(recipe.data, batch_rows=recipe.train.batch_rows, host_index=0, host_count=hosts)
     look = look_lib.look(data, step=step, rows=args.rows, source=args.source, window=window)
-    of = f"rows {', '.join(str(row.number) for row in look.rows)} of {recipe.train.batch_rows:,}"
+    batch_rows = data.phases.at(step).shape.rows
+    of = f"{'row' if len(look.rows) == 1 else 'rows'} {', '.join(str(row.number) for row in look.rows)} of {batch_rows:,}"
     heading = f"{subject.name} · step {step:,} of {recipe.train.steps:,} · {of} · {look.sequence_length:,} places a row · {subject.origin}"
     if args.html is None:
         import rich.console
@@ -55,9 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from v4train.cli.data_view import inspect_page
     from v4train.cli.html_page import frame
 
-    frame.write(
-        inspect_page.page(look, name=subject.name, heading=heading, window=window, batch_rows=recipe.train.batch_rows), path=args.html
-    )
+    frame.write(inspect_page.page(look, name=subject.name, heading=heading, window=window, batch_rows=batch_rows), path=args.html)
     print(args.html)
     return 0
 
@@ -70,6 +70,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("\n".join(wrong))
 
 
-def _most_hosts(batch_rows: int, *, rows: int) -> int:
-    """Among how many hosts a batch can be divided so that the first still has so many rows."""
-    return max(hosts for hosts in range(1, batch_rows + 1) if batch_rows % hosts == 0 and batch_rows // hosts >= min(rows, batch_rows))
+def _most_hosts(recipe, *, rows: int) -> int:
+    """Among how many hosts the batches of all phases can be divided so that the first still has so many rows of each."""
+    batches = [recipe.train.batch_rows, *(phase.batch_rows for phase in recipe.data.phases if phase.batch_rows is not None)]
+    common = math.gcd(*batches)
+    return max([1, *(hosts for hosts in range(1, common + 1) if common % hosts == 0 and min(batches) // hosts >= rows)])

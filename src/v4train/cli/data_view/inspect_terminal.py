@@ -42,7 +42,7 @@ def show(look: look_lib.Look, *, console: rich.console.Console, heading: str, wi
 def _legend(look: look_lib.Look, *, coloured: bool) -> rich.text.Text:
     if not coloured:
         return rich.text.Text("⟦ ⟧: not asked for by the loss")
-    legend = rich.text.Text("colour: segment", style=SEGMENTS[0])
+    legend = rich.text.Text().append("colour: segment", style=SEGMENTS[0])
     for name, style in (("dim underlined: not asked for by the loss", "dim underline"), ("reversed: special token", "reverse")):
         legend.append("  ")
         legend.append(name, style=style)
