@@ -339,6 +339,13 @@ def test_scales_are_found_under_every_spelling():
     assert found == ["a.scale", "b.weight_scale_inv", "c.gate_up_proj_scale_inv", None, "e.weight_scale", None]
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (128, 256), (100, 384), (130, 128), (128, 200), (200, 200), (256, 129), (7, 1000)])
+def test_blocks_that_a_division_of_the_shapes_finds_are_told_from_others(shape):
+    codes, scales = quantised.fp8_shapes(shape)
+    same = all(size % count == 0 and size // count == min(size, 128) for size, count in zip(codes, scales, strict=True))
+    assert quantised.tiles_evenly(shape) == same
+
+
 def test_deviations_add_up():
     rng = np.random.default_rng(5)
     source = rng.normal(size=(300, 2000)).astype(np.float32)
