@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import pathlib
 import unicodedata
 
 import numpy as np
@@ -36,6 +37,7 @@ class Composer:
     def __init__(self, spec: config_lib.PrepareConfig, tokenizer: tokenizer_lib.Tokenizer):
         self._spec, self._tokenizer = spec, tokenizer
         self._rules = document_lib.Rules.of(tokenizer, image_patch=spec.image.patch)
+        self._latest: dict[str, tuple[pathlib.Path, media.Patches | np.ndarray]] = {}
 
     def compose(self, found: record.Record, *, source: int) -> Composed | Refused | record.Bad:
         """The document of a record of input ``source``, or why there is none."""
@@ -52,6 +54,8 @@ class Composer:
             content = fingerprint(parts)
             document = document_lib.compose(parts, key=found.key, tokenizer=self._tokenizer)
             self._rules.check(document)
+        except decode.OverLimitError as error:
+            return Refused(str(error))
         except (decode.BadMediaError, document_lib.DamagedRecordError) as error:
             return record.Bad(found.at, str(error), found.size)
         except UnicodeEncodeError as error:
@@ -59,11 +63,18 @@ class Composer:
         return Composed(document, content)
 
     def _decode(self, part: record.Part) -> str | media.Patches | np.ndarray:
+        """Remembers the last image and the last sound, because the captions of one of them are mostly next to each other."""
         if isinstance(part, str):
             return part
-        if part.kind == "image":
-            return decode.image(part.source, config=self._spec.image)
-        return decode.sound(part.source, config=self._spec.audio)
+        path, made = self._latest.get(part.kind, (None, None))
+        if made is None or path != part.source:
+            if part.kind == "image":
+                made = decode.image(part.source, config=self._spec.image)
+            else:
+                made = decode.sound(part.source, config=self._spec.audio)
+            if isinstance(part.source, pathlib.Path):
+                self._latest[part.kind] = (part.source, made)
+        return made
 
 
 def fingerprint(parts: list) -> bytes:

@@ -141,14 +141,14 @@ class ImageConfig(base.Config):
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour below transparent pixels: red, green, blue, 0 to 255."""
     max_pixels: int = pydantic.Field(default=2**27, gt=0)
-    """A larger image is a bad record, before it is decoded."""
+    """A larger image is left out, before it is decoded."""
 
 
 class SoundConfig(base.Config):
     """How sound becomes tokens (dMel, 20 frames a second); any sample rate is resampled to 16 kHz."""
 
     max_seconds: float = pydantic.Field(default=60.0, gt=0)
-    """A longer sound is a bad record, before it is decoded."""
+    """A longer sound is left out, before it is decoded."""
 
 
 class QuarantineConfig(base.Config):
@@ -180,7 +180,8 @@ class PrepareConfig(base.Config):
     all inputs."""
     quarantine: QuarantineConfig = QuarantineConfig()
     task_bytes: int = pydantic.Field(default=2**26, gt=0)
-    """Input that is read in one piece, bytes: what a kill loses at most, per worker. Compressed files are not divided."""
+    """Input that is read in one piece, bytes: what a kill loses at most, per worker. Compressed files are not divided; media that lines
+    of JSON name by their paths do not count."""
     shard_bytes: int = pydantic.Field(default=2**28, gt=0)
     """A new shard begins after this many uncompressed bytes of documents."""
     store: Literal["records", "flat"] = "records"
