@@ -1,20 +1,21 @@
 """What the data layer can be asked for. Imports no jax and reads no file: a recipe is checked without touching the data."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from v4train.config import base
+from v4train.data import phases as phases_lib
 
 
 class SourceConfig(base.Config):
-    """One token store and its share of the training rows."""
+    """What all sources have: a place, and a share of the training rows."""
 
     name: str = pydantic.Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     """Short name for logs, metrics and evaluation."""
 
     path: str
-    """Directory of the token store; a relative path starts at the working directory."""
+    """Where the documents are; a relative path starts at the working directory."""
 
     weight: float = pydantic.Field(ge=0)
     """Share of the rows, relative to the other sources, until a phase changes it. All rows of a step are equally long, so this is a
@@ -24,6 +25,40 @@ class SourceConfig(base.Config):
     """`split_text_keep_spans` fills every row and lets a document go on in the next one. `no_split` packs whole documents by best fit, so
     that a caption never loses its image; only documents that no row can hold are split. `one_document` gives each document
     rows of its own. Media spans are never cut."""
+
+
+class StoreSourceConfig(SourceConfig):
+    """A token store, as `v4train data prepare` writes it; ``path`` is its directory."""
+
+    kind: Literal["store"] = "store"
+
+
+class MegatronSourceConfig(SourceConfig):
+    """Megatron-LM's ``.bin/.idx``, read as it is; ``path`` is either file, or their name without suffix."""
+
+    kind: Literal["megatron"] = "megatron"
+
+    tokenizer_fingerprint: str = pydantic.Field(pattern=r"^[0-9a-f]{12,64}$")
+    """The fingerprint, or its first 12 digits or more, of the tokenizer that made the ids: the format does not say. A wrong one is
+    refused with that of `tokenizer`."""
+
+
+class ArrayRecordSourceConfig(SourceConfig):
+    """ArrayRecord files of plain ids, a document a record; ``path`` is a file, or a directory of them."""
+
+    kind: Literal["array_record"] = "array_record"
+
+    dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"]
+    """Of the ids, little endian."""
+
+    tokenizer_fingerprint: str = pydantic.Field(pattern=r"^[0-9a-f]{12,64}$")
+    """As for Megatron's files."""
+
+    index_directory: str | None = None
+    """Where the documents' lengths are kept once they are counted; null is the user's cache directory."""
+
+
+Source = Annotated[StoreSourceConfig | MegatronSourceConfig | ArrayRecordSourceConfig, pydantic.Field(discriminator="kind")]
 
 
 class ByteTokenizerConfig(base.Config):
@@ -118,8 +153,8 @@ class PhaseConfig(base.Config):
 class DataConfig(base.Config):
     """The data of a run. The number of rows of a batch belongs to training and is passed in by it."""
 
-    sources: tuple[SourceConfig, ...] = pydantic.Field(min_length=1)
-    """The stores to mix."""
+    sources: tuple[Source, ...] = pydantic.Field(min_length=1)
+    """What to mix. A source without `kind` is a token store."""
 
     sequence_length: int = pydantic.Field(gt=1)
     """Tokens of a row, S, until a phase changes it. Evaluation keeps this length, so that its losses can be compared."""
@@ -160,6 +195,13 @@ class DataConfig(base.Config):
     bad_minimum: int = pydantic.Field(default=10, gt=0)
     """Fewer unreadable documents than this in the window never stop a run."""
 
+    @pydantic.field_validator("sources", mode="before")
+    @classmethod
+    def _a_store_unless_said(cls, sources: Any) -> Any:
+        if not isinstance(sources, list | tuple):
+            return sources
+        return [{"kind": "store"} | source if isinstance(source, dict) else source for source in sources]
+
     @pydantic.model_validator(mode="after")
     def _names_differ(self) -> "DataConfig":
         names = [source.name for source in self.sources]
@@ -167,3 +209,11 @@ class DataConfig(base.Config):
         if twice:
             raise ValueError(f"two sources are called {twice[0]!r}: give each source its own name")
         return self
+
+    def schedule(self, *, batch_rows: int) -> phases_lib.Phases:
+        """Weights and shapes by step; ``batch_rows`` holds until a phase changes it.
+
+        Raises:
+            ValueError: phases out of order, a source that is not there, or weights that are all 0.
+        """
+        return phases_lib.Phases.of(self, batch_rows=batch_rows)

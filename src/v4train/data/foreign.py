@@ -50,6 +50,7 @@ class PlainTokens:
         self.span_start = np.zeros(len(lengths) + 1, np.int64)
         self.tokenizer_fingerprint = tokenizer.fingerprint
         self._vocab_size, self._never = tokenizer.vocab_size, [i for i in (tokenizer.image, tokenizer.audio) if i >= 0]
+        self._histogram = functools.cache(self._count_ids)
         identity = f"{type(self).__name__} {len(lengths)} {int(lengths.sum())} {content} {tokenizer.fingerprint}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
 
@@ -106,9 +107,12 @@ class PlainTokens:
         """Never called: no document has a span."""
         raise AssertionError("plain tokens have no media")
 
-    @functools.cached_property
+    @property
     def histogram(self) -> np.ndarray:
         """``i64[vocab]``, occurrences of each id: from some 2^24 tokens of evenly spread documents, or all if there are fewer."""
+        return self._histogram()
+
+    def _count_ids(self) -> np.ndarray:
         lengths = self.documents["tokens"].astype(np.int64)
         total = int(lengths.sum())
         counts, counted = np.zeros(self._vocab_size, np.int64), 0
