@@ -279,3 +279,20 @@ def test_digests_of_both_groups_of_files_are_compared(tmp_path):
     assert safetensors_file.read_header(path).problems == []
     with pytest.raises(ValueError, match=r"multimodal.safetensors does not have the digest"):
         opened.verify()
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_loads_the_directory(directory, params, tmp_path):
+    """No key is missing or unexpected, and what it saves again is the same backbone; of MTP and other modalities it knows nothing."""
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model, info = transformers.DeepseekV4ForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), info
+    model.save_pretrained(tmp_path / "again")
+    text = "v4train.image.up: belongs in multimodal.safetensors"
+    assert text in opening(tmp_path / "again")
+    extras = {name: x for name, x in load_file(directory / "multimodal.safetensors").items() if not name.startswith("v4train.mtp.")}
+    save_file(extras, tmp_path / "again" / "multimodal.safetensors")
+    found = released.Released.open(tmp_path / "again").parameters()
+    same_bits(found, {name: value for name, value in params.items() if name != "mtp"})

@@ -81,7 +81,7 @@ MODELS = {
     "window only": small.config("window", "window", moe={"hash_layers": 0}),
     "no yarn, no mtp": small.config("hca", "csa", attention={"yarn": None}, mtp=None),
     "text only": small.config("csa", image=None, audio=None, media_tokens=()),
-    "uneven rotation": small.config(attention={"head_dim": 98, "rope_dim": 6}),
+    "uneven rotation": small.config(attention={"head_dim": 49, "rope_dim": 4}),  # 49 * (4 / 49) < 4
 }
 
 
@@ -198,6 +198,7 @@ def test_all_problems_are_told_at_once():
         ({"partial_rotary_factor": 0.25}, "qk_rope_head_dim is 64, partial_rotary_factor makes it 128"),
         ({"rope_scaling": 7}, "rope_scaling is 7, expected a mapping"),
         ({"hidden_size": 4096.0}, "hidden_size is 4096.0, expected an integer"),
+        ({"num_hash_layers": True}, "num_hash_layers is true, expected an integer"),
         ({"hc_eps": float("nan")}, "hc_eps is NaN, expected a number"),
         ({"num_experts_per_tok": 300}, "moe: Value error, top_k 300 is larger than experts 256"),
         ({"swiglu_limit": 0.0}, "moe.swiglu_limit: Input should be greater than 0"),

@@ -105,7 +105,7 @@ class _Matching:
         elif (part := names.fused(slot, experts=self.experts)) is not None and (stored := self.by_name.get(part.name)) is not None:
             self._part(slot, stored, part)
         elif self.extras or not slot.otherwise:
-            self.problems.append(("missing", slot.released, ""))
+            self.problems.append(("missing", slot.released, f"belongs in {names.EXTRAS_STEM}.safetensors" if slot.extra else ""))
 
     def _one(self, slot: names.Slot, stored: str) -> None:
         info, name = self.table[stored], slot.released
@@ -155,16 +155,18 @@ class _Matching:
 
     def unknown(self, slots: tuple[names.Slot, ...]) -> None:
         """Records every stored tensor that no slot asked for."""
-        known = {_pattern(slot.released): slot.released for slot in slots}
+        known = sorted({_pattern(slot.released) for slot in slots})
+        near: dict[str, str] = dict.fromkeys(known, "")
         for stored in self.table:
             if stored in self.used:
                 continue
-            weight = f"{names.canonical(stored).removesuffix('scale')}weight"
-            if weight in self.sources:
-                self.problems.append(("unknown", stored, "a scale beside a weight that is not quantised"))
-            else:
-                pattern = _pattern(names.canonical(stored))
-                self.problems.append(("unknown", stored, "" if pattern in known else _suggestion(pattern, known)))
+            name = names.canonical(stored)
+            note, pattern = "a scale beside a weight that is not quantised", _pattern(name)
+            if f"{name.removesuffix('scale')}weight" not in self.sources:
+                if pattern not in near:
+                    near[pattern] = _suggestion(pattern, known) if len(near) < len(known) + _LINES else ""
+                note = near[pattern]
+            self.problems.append(("unknown", stored, note))
 
 
 def _either(dtypes: tuple[np.dtype, ...]) -> str:
@@ -178,7 +180,7 @@ def _pattern(name: str) -> str:
     return _NUMBER.sub("{}", name)
 
 
-def _suggestion(pattern: str, known: Mapping[str, str]) -> str:
+def _suggestion(pattern: str, known: list[str]) -> str:
     return explain.nearest(pattern, known).removeprefix("; ").replace("{}", "N")
 
 
