@@ -39,6 +39,10 @@ def refused(data, tmp_path, capsys, monkeypatch):
 
 
 BAD = {
+    "_phases_fit": (
+        ["data.phases=[{from_step: 4, ramp_steps: 3}, {from_tokens: 3000}]"],
+        "data.phases[1] begins at step 7, but the phase before it begins, or ends its ramp, at step 7: move it behind",
+    ),
     "_batch_divides": (
         ["mesh.fsdp=2", "mesh.expert=2", "train.microbatches=2", "train.batch_rows=12"],
         "train.batch_rows 12 must be a multiple of 8 (mesh.replica 1 x mesh.fsdp 2 x mesh.expert 2 x train.microbatches 2); nearest: 8",
@@ -95,6 +99,24 @@ def test_settings_that_do_not_fit_together(refused, check):
 )
 def test_stems_that_do_not_fit_the_data(refused, override, message):
     assert f"\n  - {message}\n" in refused(override)
+
+
+@pytest.mark.parametrize(
+    "phase, message",
+    [
+        ("{from_step: 2, batch_rows: 6}", "data.phases: batch_rows 6 must be a multiple of 4 (mesh.replica 1 x mesh.fsdp 4 x"),
+        ("{from_step: 2, sequence_length: 2048}", "data.phases: sequence_length 2048 exceeds model.max_positions 1024"),
+        ("{from_step: 2, weights: {txt: 1}}", "data.phases[0].weights names 'txt', but the sources are text, media: correct it"),
+        ("{from_step: 2, weights: {text: 0, media: 0}}", "data.phases[0]: the weights of all sources (text, media) are 0: give one"),
+    ],
+)
+def test_phases_that_do_not_fit(refused, phase, message):
+    assert message in refused("mesh.fsdp=4", f"data.phases=[{phase}]")
+
+
+def test_a_phase_begins_by_step_or_by_tokens(refused):
+    for phase in ("{ramp_steps: 3}", "{from_step: 3, from_tokens: 1000}"):
+        assert "a phase needs either from_step or from_tokens: give one of them" in refused(f"data.phases=[{phase}]")
 
 
 def test_all_problems_at_once(refused):

@@ -4,6 +4,7 @@ A recipe is loaded, checked and counted without starting a device: this file imp
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import pydantic
 
@@ -49,14 +50,51 @@ class Recipe(base.Config):
         return self.train.batch_rows * self.data.sequence_length
 
 
+def _phases_fit(r: Recipe) -> str | None:
+    try:
+        r.data.schedule(batch_rows=r.train.batch_rows)
+    except ValueError as e:
+        return str(e)
+    return None
+
+
+class _Shape(NamedTuple):
+    """Sizes of a phase's batches, and where its rows and its length are said."""
+
+    rows: int
+    length: int
+    patches: int
+    frames: int
+    rows_from: str = "train.batch_rows"
+    length_from: str = "data.sequence_length"
+
+
+def _shapes(r: Recipe) -> list[_Shape]:
+    """The first phase's, and all others."""
+    first = _Shape(r.train.batch_rows, r.data.sequence_length, r.data.max_patches, r.data.max_audio_frames)
+    try:
+        phases = r.data.schedule(batch_rows=r.train.batch_rows).phases
+    except ValueError:  # `_phases_fit` reports it
+        return [first]
+    shapes = [_Shape(*shape) for shape in dict.fromkeys(phase.shape for phase in phases)]
+    return [
+        shape._replace(
+            rows_from=first.rows_from if shape.rows == first.rows else "data.phases: batch_rows",
+            length_from=first.length_from if shape.length == first.length else "data.phases: sequence_length",
+        )
+        for shape in shapes
+    ]
+
+
 def _batch_divides(r: Recipe) -> str | None:
     parts = r.mesh.batch_shards * r.train.microbatches
-    if r.train.batch_rows % parts:
-        return (
-            f"train.batch_rows {r.train.batch_rows} must be a multiple of {parts} (mesh.replica {r.mesh.replica} x "
-            f"mesh.fsdp {r.mesh.fsdp} x mesh.expert {r.mesh.expert} x train.microbatches {r.train.microbatches}); "
-            f"nearest: {max(r.train.batch_rows // parts, 1) * parts}"
-        )
+    for shape in _shapes(r):
+        if shape.rows % parts:
+            return (
+                f"{shape.rows_from} {shape.rows} must be a multiple of {parts} (mesh.replica {r.mesh.replica} x "
+                f"mesh.fsdp {r.mesh.fsdp} x mesh.expert {r.mesh.expert} x train.microbatches {r.train.microbatches}); "
+                f"nearest: {max(shape.rows // parts, 1) * parts}"
+            )
     return None
 
 
@@ -67,8 +105,9 @@ def _experts_divide(r: Recipe) -> str | None:
 
 
 def _sequence_divides(r: Recipe) -> str | None:
-    if r.data.sequence_length % r.mesh.context:
-        return f"mesh.context {r.mesh.context} must divide data.sequence_length {r.data.sequence_length}"
+    for shape in _shapes(r):
+        if shape.length % r.mesh.context:
+            return f"mesh.context {r.mesh.context} must divide {shape.length_from} {shape.length}"
     return None
 
 
@@ -79,22 +118,25 @@ def _mesh_is_emulated_whole(r: Recipe) -> str | None:
 
 
 def _positions_suffice(r: Recipe) -> str | None:
-    if r.data.sequence_length > r.model.max_positions:
-        return f"data.sequence_length {r.data.sequence_length} exceeds model.max_positions {r.model.max_positions}"
+    for shape in _shapes(r):
+        if shape.length > r.model.max_positions:
+            return f"{shape.length_from} {shape.length} exceeds model.max_positions {r.model.max_positions}"
     return None
 
 
 def _image_stem_fits(r: Recipe) -> str | None:
-    if r.data.max_patches and r.model.image is None:
-        return f"data.max_patches is {r.data.max_patches}, but the model has no image stem; add model.image or set data.max_patches: 0"
+    patches = max(shape.patches for shape in _shapes(r))
+    if patches and r.model.image is None:
+        return f"data.max_patches is {patches}, but the model has no image stem; add model.image or set data.max_patches: 0"
     if r.model.image is not None and r.model.image.patch != r.data.image_patch:
         return f"model.image.patch {r.model.image.patch} and data.image_patch {r.data.image_patch} must be equal"
     return None
 
 
 def _audio_stem_fits(r: Recipe) -> str | None:
-    if r.data.max_audio_frames and r.model.audio is None:
-        return f"data.max_audio_frames is {r.data.max_audio_frames}, but the model has no audio stem; add model.audio or set it to 0"
+    frames = max(shape.frames for shape in _shapes(r))
+    if frames and r.model.audio is None:
+        return f"data.max_audio_frames is {frames}, but the model has no audio stem; add model.audio or set it to 0"
     if r.model.audio is not None and (r.model.audio.bins, r.model.audio.levels) != _AUDIO:
         found = f"{r.model.audio.bins} and {r.model.audio.levels}"
         return f"model.audio.bins and model.audio.levels are {found}, but audio data have {_AUDIO[0]} and {_AUDIO[1]}; set these"
@@ -122,6 +164,7 @@ def _schedule_fits(r: Recipe) -> str | None:
 
 
 CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
+    _phases_fit,
     _batch_divides,
     _experts_divide,
     _sequence_divides,

@@ -41,9 +41,9 @@ def programs():
     """Compiled once for all runs of this module: they differ in nothing that is compiled."""
     compiled = []
 
-    def compile_once(parts, original=build.compile_program):
+    def compile_once(parts, *, first_step, original=build.compile_program):
         if not compiled:
-            compiled.append(original(parts))
+            compiled.append(original(parts, first_step=first_step))
         return compiled[0]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -210,7 +210,7 @@ def test_other_data_are_refused(finished, tmp_path):
     tiny.synthetic.make_test_store(tmp_path / "more", documents=50, seed=9)
     (other / "text").rename(tmp_path / "away")
     (tmp_path / "more").rename(other / "text")
-    with pytest.raises(ValueError, match=r"the data stores are not those that this run was trained on so far\. Continue with"):
+    with pytest.raises(ValueError, match=r"trained on so far:\n  data source 'text': its store is not the one that was read\nWhat"):
         train(other, finished.directory)
 
 
@@ -284,18 +284,51 @@ def test_unreadable_documents_are_written_down(data, tmp_path, programs, monkeyp
     assert f"1 document(s) were unreadable and became padding: {tmp_path / 'run' / 'quarantine.jsonl'}" in capsys.readouterr().out
 
 
+def watch(**changes):
+    """Of the bad documents of a run."""
+    values = {"max_bad_share": 0.01, "bad_window": 1000, "bad_minimum": 3}
+    return types.SimpleNamespace(**(values | changes))
+
+
+def watched(tmp_path, counts, **changes):
+    """The step at which a run with these (documents, bad) of two sources, step by step, must stop, and the message."""
+    found = types.SimpleNamespace(records=[])
+    hook = quarantine.BadRecords(found, path=tmp_path / "q.jsonl", sources=["a", "b"], config=watch(**changes))
+    for step, (documents, bad) in enumerate(counts, start=1):
+        hook.after(step, types.SimpleNamespace(documents=np.array(documents), bad=np.array(bad)))
+        if hook.too_many is not None:
+            return step, hook.too_many
+    return None, None
+
+
+def test_too_many_bad_documents_end_a_run(tmp_path):
+    good = [((100, 50), (0, 0))]
+    # Two are below the least number, three of 250 are too many; the other source alone is looked at.
+    assert watched(tmp_path, [*good, ((100, 50), (2, 0)), *good, *good])[0] is None
+    step, text = watched(tmp_path, [*good, ((100, 50), (0, 2)), *good, ((100, 50), (0, 1))])
+    assert step == 4
+    assert text == "data source 'b': 3 of its latest 200 documents (1.50%) were unreadable at step 4, and data.max_bad_share is 0.01"
+    # Ten of 1,000 are just allowed, and the window forgets what is older than its documents.
+    assert watched(tmp_path, [((100, 50), (1, 0))] * 50, bad_minimum=11)[0] is None
+    assert watched(tmp_path, [((100, 50), (1, 0))] * 9 + [((100, 50), (2, 0))], bad_minimum=11)[0] == 10
+    spread = [((100, 50), (2 * (i % 2), 0)) for i in range(100)]
+    assert watched(tmp_path, spread, bad_minimum=10)[0] is None
+    assert watched(tmp_path, [*good * 30, *[((100, 50), (11, 0))]])[0] == 31
+    assert watched(tmp_path, [*good * 30, *[((100, 50), (11, 0))]], bad_window=100_000)[0] is None
+
+
 def test_a_resumed_run_writes_a_bad_document_once(tmp_path):
     def met():
         found = types.SimpleNamespace(records=[])
-        return found, quarantine.BadRecords(found, path=tmp_path / "q.jsonl")
+        return found, quarantine.BadRecords(found, path=tmp_path / "q.jsonl", sources=["a"], config=watch())
 
     bad = quarantine.collate.BadRecord
     found, hook = met()
     assert hook.write() == 0
     assert not (tmp_path / "q.jsonl").exists()
     found.records.append(bad("a", 1, "s", "x"))
-    hook.after(1, None)
-    hook.after(2, None)
+    hook.after(1, types.SimpleNamespace(documents=[5], bad=[1]))
+    hook.after(2, types.SimpleNamespace(documents=[5], bad=[0]))
     found, hook = met()
     found.records += [bad("a", 1, "s", "x"), bad("b", 1, "s", "y")]
     assert hook.write() == 2
@@ -304,9 +337,16 @@ def test_a_resumed_run_writes_a_bad_document_once(tmp_path):
 
 def test_a_skipped_step_is_said_and_counted(capsys):
     seen, said = [], []
-    options = {"sources": ["a"], "layers": ["0"], "tokens_per_step": 10, "learning_rate": lambda step: 0.1, "flops_per_token": 2.0}
+    options = {"sources": ["a"], "layers": ["0"], "tokens": lambda step: 10 * step, "learning_rate": lambda step: 0.1}
+    options |= {"flops_per_token": lambda step: 2.0}
     hook = metrics.Metrics(
-        seen.append, **options, peak_flops=1e3, experts_every=9, seconds_before=5, skipped_before=3, on_skip=lambda *x: said.append(x)
+        seen.append,
+        **options,
+        peak_flops=1e3,
+        experts_every=9,
+        seconds_before=5,
+        skipped_before=3,
+        on_skip=lambda *x: said.append(x),
     )
     names = ("loss", "text", "text_weight", "mtp", "balance", "indexer", "grad_norm", "finite", "tokens", "load")
     values = (np.nan, np.array([1.0]), np.array([0.0]), 1.0, 1.0, 1.0, np.inf, np.array(False), 10.0, np.ones((1, 3, 2)))

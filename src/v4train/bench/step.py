@@ -91,7 +91,7 @@ def measure(
         "first_step_seconds": round(timed.first_step_ended - program_started, 3),
         **_work(recipe, rate=rate, devices=parts.mesh.size),
         "peak_memory_bytes": metrics.peak_memory_bytes(),
-        "compiled_memory": machine.compiled_memory(program.step),
+        "compiled_memory": machine.compiled_memory(next(iter(program.steps.values()))),
         "parameters": _parameters(parts),
         "loss": float(timed.report.loss),
         "finite": bool(timed.report.finite),

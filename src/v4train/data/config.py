@@ -200,7 +200,8 @@ class DataConfig(base.Config):
     def _a_store_unless_said(cls, sources: Any) -> Any:
         if not isinstance(sources, list | tuple):
             return sources
-        return [{"kind": "store"} | source if isinstance(source, dict) else source for source in sources]
+        # A tuple, because strict validation takes a list for one only straight from JSON.
+        return tuple({"kind": "store"} | source if isinstance(source, dict) else source for source in sources)
 
     @pydantic.model_validator(mode="after")
     def _names_differ(self) -> "DataConfig":

@@ -9,10 +9,12 @@ steps: a run may be resumed with another future.
 import bisect
 import dataclasses
 import fractions
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from v4train.data import config as config_lib
 from v4train.data import mixture
+
+if TYPE_CHECKING:
+    from v4train.data import config as config_lib
 
 _RAMP_PIECES = 64
 
@@ -74,7 +76,7 @@ class Phases:
     phases: tuple[Phase, ...]
 
     @classmethod
-    def of(cls, config: config_lib.DataConfig, *, batch_rows: int) -> "Phases":
+    def of(cls, config: "config_lib.DataConfig", *, batch_rows: int) -> "Phases":
         """From what the recipe says.
 
         Args:
@@ -91,9 +93,8 @@ class Phases:
             where = f"data.phases[{i}]"
             first = _first_step(change, after=found[-1])
             if first <= (last := found[-1].first_step):
-                raise ValueError(
-                    f"{where} begins at step {first}, but the phase before it begins, or ends its ramp, at step {last}: move it"
-                )
+                message = f"{where} begins at step {first}, but the phase before it begins, or ends its ramp, at step {last}"
+                raise ValueError(f"{message}: move it behind")
             unknown = sorted(change.weights.keys() - weights.keys())
             if unknown:
                 raise ValueError(
@@ -129,7 +130,7 @@ class Phases:
         return mixture.Mixture.scheduled([(phase.first_row, phase.weights) for phase in self.phases])
 
 
-def _first_step(change: config_lib.PhaseConfig, *, after: Phase) -> int:
+def _first_step(change: "config_lib.PhaseConfig", *, after: Phase) -> int:
     """Where a phase begins: at its step, or at the first step with that many tokens before it."""
     if change.from_step is not None:
         return change.from_step

@@ -22,7 +22,6 @@ hosts that would leave the others waiting in a collective. The batch counts such
 import bisect
 import functools
 import hashlib
-import itertools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -33,11 +32,11 @@ import numpy as np
 from v4train.data import batch as batch_lib
 from v4train.data import collate
 from v4train.data import config as config_lib
-from v4train.data import document as document_lib
+from v4train.data import history as history_lib
 from v4train.data import mixture as mixture_lib
 from v4train.data import phases as phases_lib
 from v4train.data import plan as plan_lib
-from v4train.data import store as store_lib
+from v4train.data import sources as sources_lib
 from v4train.data import tokenizer as tokenizer_lib
 
 Split = Literal["train", "holdout"]
@@ -103,7 +102,8 @@ class Pipeline:
         self.mixture = self.phases.mixture
         self.tokens_per_step = self.phases.at(0).shape.places
         self.quarantine = collate.Quarantine(on_bad_record)
-        stores = [_open(source, config=config, tokenizer=self.tokenizer) for source in config.sources]
+        opened = {"tokenizer": self.tokenizer, "image_patch": config.image_patch, "cache_bytes": _CACHE_BYTES // len(config.sources)}
+        stores = [sources_lib.open_store(source, **opened) for source in config.sources]
         self._readers = [
             collate.Reader(store, name=name, quarantine=self.quarantine) for store, name in zip(stores, self.sources, strict=True)
         ]
@@ -260,39 +260,18 @@ class Pipeline:
         return total / total.sum()
 
     def history(self, step: int) -> dict[str, Any]:
-        """Everything that the global batches before ``step`` depend on, as JSON; not paths, hosts, threads or what comes later."""
+        """Everything that the global batches before ``step`` depend on, as JSON (see `history.of`)."""
         return self._history(step)
 
     def _history(self, step: int | None) -> dict[str, Any]:
-        config, phases, names = self._config, [], set()
-        for phase, after in itertools.zip_longest(self.phases.phases, self.phases.phases[1:]):
-            if step is not None and phase.first_step >= step:
-                break
-            shares = {name: str(weight) for name, weight in zip(self.sources, phase.weights, strict=True) if weight}
-            here = {"shape": list(phase.shape), "shares": shares}
-            names |= shares.keys()
-            if phases and all(phases[-1][key] == here[key] for key in here) and list(phases[-1]["shares"]) == list(shares):
-                phases.pop()
-                here = {"from_step": before} | here
-            else:
-                before = phase.first_step
-                here = {"from_step": before} | here
-            end = None if after is None else after.first_step
-            phases.append(here | {"until_step": end if step is None else min(step, end or step)})
+        config = self._config
+        settings = {"seed": config.seed, "holdout": config.holdout, "image_patch": config.image_patch, "split": self._split}
+        settings |= {"tokenizer": self.tokenizer.fingerprint, "packing_version": plan_lib.VERSION}
         sources = {
             source.name: {"store": reader.store.fingerprint, "packing": source.packing}
             for source, reader in zip(config.sources, self._readers, strict=True)
-            if source.name in names
         }
-        settings = {"seed": config.seed, "holdout": config.holdout, "image_patch": config.image_patch, "split": self._split}
-        return {
-            "version": plan_lib.VERSION,
-            "settings": settings,
-            "tokenizer": self.tokenizer.fingerprint,
-            "order": [name for name in self.sources if name in names],
-            "sources": sources,
-            "phases": phases,
-        }
+        return history_lib.of(self.phases, sources=sources, settings=settings, step=step)
 
     def fingerprint_before(self, step: int) -> str:
         """Of `history`."""
@@ -319,18 +298,3 @@ class _Steps:
 
     def __getitem__(self, index: int) -> batch_lib.Batch:
         return self._read(self._start + index)
-
-
-def _open(source: config_lib.SourceConfig, *, config: config_lib.DataConfig, tokenizer: tokenizer_lib.Tokenizer) -> store_lib.Store:
-    try:
-        store = store_lib.TokenStore.open(source.path, cache_bytes=_CACHE_BYTES // len(config.sources))
-    except ValueError as error:
-        raise ValueError(f"data source {source.name!r}: {error}") from None
-    if store.tokenizer_fingerprint != tokenizer.fingerprint:
-        raise ValueError(
-            f"data source {source.name!r}: {source.path} was built with another tokenizer; build it again or change `tokenizer`"
-        )
-    if store.image_patch != config.image_patch and bool((store.spans["kind"] == document_lib.IMAGE).any()):
-        message = f"data source {source.name!r}: {source.path} has image patches of {store.image_patch} pixels"
-        raise ValueError(f"{message}, but `image_patch` is {config.image_patch}: set it to {store.image_patch} or build the store again")
-    return store

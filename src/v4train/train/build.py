@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from v4train import recipe as recipe_lib
 from v4train.core import axes, compiler, param, tree
 from v4train.data import batch as batch_lib
-from v4train.data import pipeline
+from v4train.data import phases, pipeline
 from v4train.model import transformer
 from v4train.optim import hybrid
 from v4train.sharding import constrain, rules
@@ -39,7 +39,7 @@ class Parts:
         optimizer: of the trained ones.
         data: training rows by step, held-out rows by source.
         state: shapes, dtypes and shardings of the training state.
-        batch: likewise of a global batch.
+        batches: likewise of a global batch, for each shape that the phases of the data have; the first phase's comes first.
     """
 
     recipe: recipe_lib.Recipe
@@ -49,20 +49,42 @@ class Parts:
     optimizer: optax.GradientTransformation
     data: pipeline.Pipeline
     state: state_lib.State
-    batch: batch_lib.Batch
+    batches: dict[phases.Shape, batch_lib.Batch]
+
+    @property
+    def batch(self) -> batch_lib.Batch:
+        """Of the first phase."""
+        return next(iter(self.batches.values()))
 
     def place(self, batch: batch_lib.Batch) -> batch_lib.Batch:
         """This host's rows -> the global batch on the devices."""
-        return jax.tree.map(lambda struct, x: jax.make_array_from_process_local_data(struct.sharding, x), self.batch, batch)
+        structs = self.batches[shape_of(batch, hosts=jax.process_count())]
+        return jax.tree.map(lambda struct, x: jax.make_array_from_process_local_data(struct.sharding, x), structs, batch)
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Compiled functions, and how long that took."""
+    """Compiled functions, and how long that took.
 
-    step: Callable[[state_lib.State, batch_lib.Batch], tuple[state_lib.State, step_lib.Report]]
+    Attributes:
+        steps: a training step for each shape of batch that was asked for (`add_step`).
+        evaluate: for batches of the first phase's shape.
+        compile_seconds: of what was compiled before the first step.
+    """
+
+    steps: dict[phases.Shape, Callable[[state_lib.State, batch_lib.Batch], tuple[state_lib.State, step_lib.Report]]]
     evaluate: Callable[[state_lib.State, batch_lib.Batch], tuple[jax.Array, jax.Array]]
     compile_seconds: float
+
+    def step(self, state: state_lib.State, batch: batch_lib.Batch) -> tuple[state_lib.State, step_lib.Report]:
+        """One training step on a global batch whose shape was compiled."""
+        return self.steps[shape_of(batch)](state, batch)
+
+
+def shape_of(batch: batch_lib.Batch, *, hosts: int = 1) -> phases.Shape:
+    """The shape that a batch's arrays have, all hosts' rows together. A budget of 0 is an array of one entry."""
+    rows, length = batch.tokens.shape
+    return phases.Shape(rows * hosts, length, batch.patches.shape[1], batch.audio.shape[1])
 
 
 def parts(recipe: recipe_lib.Recipe) -> Parts:
@@ -81,7 +103,11 @@ def parts(recipe: recipe_lib.Recipe) -> Parts:
     optimizer = optimizer_of(recipe, declarations, mesh=mesh)
     state = state_lib.declared(declarations, optimizer=optimizer)
     placed = _with_shardings(state, state_lib.shardings(state, declarations=declarations, mesh=mesh))
-    return Parts(recipe, mesh, model, declarations, optimizer, data, placed, _batch_struct(recipe, data, mesh))
+    batches = {}
+    for phase in data.phases.phases:
+        struct = _batch_struct(phase.shape, image_patch=recipe.data.image_patch, mesh=mesh)
+        batches.setdefault(shape_of(struct), struct)
+    return Parts(recipe, mesh, model, declarations, optimizer, data, placed, batches)
 
 
 def optimizer_of(recipe: recipe_lib.Recipe, declarations: dict, *, mesh: jax.sharding.Mesh) -> optax.GradientTransformation:
@@ -105,17 +131,15 @@ def optimizer_of(recipe: recipe_lib.Recipe, declarations: dict, *, mesh: jax.sha
     )
 
 
-def compile_program(p: Parts) -> Program:
-    """Traces here, then compiles all functions at once: XLA works outside of Python's lock."""
+def compile_program(p: Parts, *, first_step: int = 0) -> Program:
+    """Traces here, then compiles evaluation, and the training step for the shape at ``first_step``, at once: XLA works outside of
+    Python's lock."""
     started = time.perf_counter()
-    sources, numerics, train = len(p.data.sources), p.recipe.numerics, p.recipe.train
-    step = step_lib.Step(p.model, p.declarations, p.optimizer, numerics, sources, train.microbatches, p.recipe.optimizer.clip_norm)
-    evaluate = step_lib.Evaluate(p.model, p.declarations, numerics, sources)
-    state_shardings = jax.tree.map(lambda x: x.sharding, p.state)
+    shape = shape_at(p, first_step)
+    evaluate = step_lib.Evaluate(p.model, p.declarations, p.recipe.numerics, len(p.data.sources))
     replicated = NamedSharding(p.mesh, jax.sharding.PartitionSpec())
-
     jobs = {
-        "step": lambda: jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated)).lower(p.state, p.batch),
+        "step": lambda: _lower_step(p, shape),
         "evaluate": lambda: jax.jit(evaluate, out_shardings=replicated).lower(p.state, p.batch),
     }
     options = compiler.options()
@@ -124,7 +148,31 @@ def compile_program(p: Parts) -> Program:
         for name, lower in jobs.items():
             futures[name] = pool.submit(contextvars.copy_context().run, lower().compile, options)
         compiled = {name: future.result() for name, future in futures.items()}
-    return Program(**compiled, compile_seconds=time.perf_counter() - started)
+    return Program({shape: compiled["step"]}, compiled["evaluate"], compile_seconds=time.perf_counter() - started)
+
+
+def add_step(program: Program, p: Parts, *, step: int) -> float | None:
+    """Compiles the training step for the shape of batch ``step``, unless that was done; returns the seconds that it took."""
+    shape, started = shape_at(p, step), time.perf_counter()
+    if shape in program.steps:
+        return None
+    with constrain.on_mesh(p.mesh):
+        program.steps[shape] = _lower_step(p, shape).compile(compiler.options())
+    return time.perf_counter() - started
+
+
+def shape_at(p: Parts, step: int) -> phases.Shape:
+    """The shape of batch ``step``, as its arrays have it."""
+    rows, length, *budgets = p.data.phases.at(step).shape
+    return phases.Shape(rows, length, *(max(1, budget) for budget in budgets))
+
+
+def _lower_step(p: Parts, shape: phases.Shape) -> jax.stages.Lowered:
+    train, sources = p.recipe.train, len(p.data.sources)
+    step = step_lib.Step(p.model, p.declarations, p.optimizer, p.recipe.numerics, sources, train.microbatches, p.recipe.optimizer.clip_norm)
+    state_shardings = jax.tree.map(lambda x: x.sharding, p.state)
+    replicated = NamedSharding(p.mesh, jax.sharding.PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated)).lower(p.state, p.batches[shape])
 
 
 def first_state(p: Parts) -> state_lib.State:
@@ -141,22 +189,16 @@ def _with_shardings(structs: state_lib.State, shardings: state_lib.State) -> sta
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), structs, shardings)
 
 
-def _batch_struct(recipe: recipe_lib.Recipe, data: pipeline.Pipeline, mesh: jax.sharding.Mesh) -> batch_lib.Batch:
-    rows, config = recipe.train.batch_rows, recipe.data
-    blank = batch_lib.empty(
-        1,
-        sequence_length=config.sequence_length,
-        max_patches=config.max_patches,
-        max_audio_frames=config.max_audio_frames,
-        image_patch=config.image_patch,
-        pad=data.tokenizer.pad,
-    )
+def _batch_struct(shape: phases.Shape, *, image_patch: int, mesh: jax.sharding.Mesh) -> batch_lib.Batch:
+    length, patches, frames = shape.row
+    budgets = {"max_patches": patches, "max_audio_frames": frames}
+    blank = batch_lib.allocate(1, sequence_length=length, image_patch=image_patch, **budgets)
 
     def struct(x: np.ndarray) -> jax.ShapeDtypeStruct:
-        by_token = x.ndim == 2 and x.shape[1] == config.sequence_length
+        by_token = x.ndim == 2 and x.shape[1] == length
         letters = "B S" if by_token else " ".join(["B", *"_" * (x.ndim - 1)])
-        shape = (rows, *x.shape[1:])
-        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=rules.sharding(axes.logical_axes(letters), shape=shape, mesh=mesh))
+        whole = (shape.rows, *x.shape[1:])
+        return jax.ShapeDtypeStruct(whole, x.dtype, sharding=rules.sharding(axes.logical_axes(letters), shape=whole, mesh=mesh))
 
     return jax.tree.map(struct, blank)
 
@@ -166,7 +208,7 @@ def _check_tokenizer(recipe: recipe_lib.Recipe, data: pipeline.Pipeline) -> None
     if model.vocab_size < tokenizer.vocab_size:
         raise ValueError(f"model.vocab_size {model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} ids; set it to that")
     media = set(tokenizer.media_token_ids)
-    uses_media = recipe.data.max_patches or recipe.data.max_audio_frames
+    uses_media = any(budget for phase in data.phases.phases for budget in phase.shape.row[1:])
     if uses_media and not media <= set(model.media_tokens):
         raise ValueError(
             f"model.media_tokens {list(model.media_tokens)} must contain the tokenizer's media ids {sorted(media)}: "

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Iterator
@@ -14,12 +15,13 @@ from v4train.checkpoint import manager as manager_lib
 from v4train.checkpoint import restore, run_lock
 from v4train.config import dump, load
 from v4train.core import hardware
+from v4train.data import history
 from v4train.model import count, flops
 from v4train.optim import schedule
 from v4train.train import build, initial, loop, resilience
 from v4train.train import state as state_lib
 from v4train.train import summary as summary_lib
-from v4train.train.hooks import checkpoints, evaluation, first_step, metrics, progress, quarantine, record
+from v4train.train.hooks import checkpoints, evaluation, first_step, metrics, phases, progress, quarantine, record
 
 METRICS = "metrics.jsonl"
 
@@ -35,8 +37,7 @@ MAY_CHANGE = (
     "train.run_directory",
     "train.grace_seconds",
     "checkpoint",
-    "data.read_threads",
-    "data.prefetch_rows",
+    "data",  # what of it must be as it was, the history of the data says
     "model.remat",
     "model.attention.chunk",
     "model.loss_chunk",
@@ -72,11 +73,10 @@ def run(loaded: load.Loaded[recipe_lib.Recipe], *, program_started: float) -> Ou
         parts = build.parts(recipe)
         with manager_lib.Manager(directory / "checkpoints", config=recipe.checkpoint) as saver:
             found = restore.describe(directory / "checkpoints", verify=recipe.checkpoint.verify) if saver.steps() else None
-            metadata = {"recipe": dump.values(recipe), "data": parts.data.fingerprint, "seed": recipe.seed}
-            metadata["tokenizer"] = parts.data.tokenizer.fingerprint
+            metadata = {"recipe": dump.values(recipe), "seed": recipe.seed, "tokenizer": parts.data.tokenizer.fingerprint}
             if found is not None:
                 initial.check_is_run(found.metadata, directory)
-                _check_same(found.metadata, metadata, directory)
+                _check_same(found.metadata, metadata, parts.data.history(found.step), directory)
                 if (summary := _nothing_to_do(recipe, directory, step=found.step)) is not None:
                     return Outcome(summary, None)
             _write_recipe(directory, loaded)
@@ -116,37 +116,54 @@ def _train(
     earlier = record.read(directory / METRICS)
     with _sinks(directory, recipe=recipe, start=start) as (sink, show):
         show.say(_headline(parts))
-        program = build.compile_program(parts)
+        program = build.compile_program(parts, first_step=min(start, recipe.train.steps - 1))
         state = _state(parts, directory, found, show)
         seconds_before = summary_lib.seconds_at(earlier, start)
         measured = _metrics(parts, sink, show, seconds_before=seconds_before, skipped_before=int(state.skipped))
-        saves = checkpoints.Checkpoints(saver, config=recipe.checkpoint, metadata=metadata, start=start, end=recipe.train.steps)
+        described = {"config": recipe.checkpoint, "metadata": lambda step: _describe(parts, metadata, step)}
+        saves = checkpoints.Checkpoints(saver, **described, start=start, end=recipe.train.steps)
         first = first_step.FirstStep(program_started=program_started, start=start)
-        bad = quarantine.BadRecords(parts.data.quarantine, path=directory / "quarantine.jsonl")
+        bad = quarantine.BadRecords(parts.data.quarantine, path=_quarantine(directory), sources=parts.data.sources, config=recipe.data)
         # Saved first: an evaluation must not use up the time that a stopped run has left.
-        hooks = [saves, evaluation.Evaluation(parts, program, sink, done=measured.pause), first, measured, bad]
+        evaluates = evaluation.Evaluation(parts, program, sink, done=measured.pause)
+        compiles = phases.Shapes(parts, program, say=show.say, done=measured.pause)
+        hooks = [saves, evaluates, compiles, first, measured, phases.Amounts(parts, sink), bad]
         measured.pause()
-        state, done = loop.run(parts, program, state, start=start, hooks=hooks, stop=stop)
+        state, done = loop.run(parts, program, state, start=start, hooks=hooks, stop=lambda: stop() or bad.too_many is not None)
         saves.last(done, state)
-        records = record.read(directory / METRICS)
-        summary = {
-            "status": "finished" if done == recipe.train.steps else "stopped",
-            "steps": done,
-            "tokens": done * parts.data.tokens_per_step,
-            "seconds": round(summary_lib.seconds_at(records, done), 3),
+        measurements = {
             "first_step_seconds": first.seconds,
             "compile_seconds": round(program.compile_seconds, 3),
-            "peak_memory_bytes": metrics.peak_memory_bytes(),
             "skipped_steps": int(state.skipped),
             "bad_records": bad.write(),
-            **summary_lib.heldout(records),
-            **_parameters(parts),
             "checkpoint_error": saver.last_error,
         }
+        summary = _summary(parts, directory, done=done) | measurements
         summary_lib.write(directory, summary)
         show.close()
         show.say(summary_lib.closing(summary, directory))
+    if bad.too_many is not None and done < recipe.train.steps:
+        raise ValueError(
+            f"{bad.too_many}. The run is saved at step {done}; {_quarantine(directory)} names the documents. Mend the store, give the "
+            "source weight 0 in a new phase (data.phases), or raise data.max_bad_share; the same command then goes on."
+        )
     return Outcome(summary, stop.signal)
+
+
+def _summary(parts: build.Parts, directory: pathlib.Path, *, done: int) -> dict[str, Any]:
+    """How far the run has come, over all its processes."""
+    records, last = record.read(directory / METRICS), max(done - 1, 0)
+    return {
+        "status": "finished" if done == parts.recipe.train.steps else "stopped",
+        "steps": done,
+        "tokens": parts.data.phases.places_before(done),
+        "seconds": round(summary_lib.seconds_at(records, done), 3),
+        "peak_memory_bytes": metrics.peak_memory_bytes(),
+        "data": {name: amount._asdict() for name, amount in parts.data.amounts(done).items()},
+        "fill": {name: round(share, 4) for name, share in parts.data.fill(last).items()},
+        **summary_lib.heldout(records),
+        **_parameters(parts),
+    }
 
 
 def _state(parts: build.Parts, directory: pathlib.Path, found: restore.Description | None, show: progress.Progress) -> state_lib.State:
@@ -170,13 +187,14 @@ def _metrics(
 ) -> metrics.Metrics:
     recipe = parts.recipe
     peak = hardware.peak_flops(jax.devices()[0].device_kind)
+    by_length = functools.cache(lambda length: flops.training(recipe.model, length=length).total)
     return metrics.Metrics(
         sink,
         sources=parts.data.sources,
         layers=metrics.layer_names(recipe.model),
-        tokens_per_step=parts.data.tokens_per_step,
+        tokens=parts.data.phases.places_before,
         learning_rate=lambda step: float(schedule.learning_rate(recipe.optimizer.schedule, step=step, total_steps=recipe.train.steps)),
-        flops_per_token=flops.training(recipe.model, length=recipe.data.sequence_length).total,
+        flops_per_token=lambda step: by_length(parts.data.phases.at(step).shape.sequence_length),
         peak_flops=None if peak is None else peak * parts.mesh.size,
         experts_every=recipe.train.experts_every,
         seconds_before=seconds_before,
@@ -198,18 +216,32 @@ def _sinks(directory: pathlib.Path, *, recipe: recipe_lib.Recipe, start: int) ->
         lines.close()
 
 
-def _check_same(saved: dict[str, Any], current: dict[str, Any], directory: pathlib.Path) -> None:
+def _quarantine(directory: pathlib.Path) -> pathlib.Path:
+    """Each host has its own file; that of the first has the plain name."""
+    host = jax.process_index()
+    return directory / (f"quarantine-{host}.jsonl" if host else "quarantine.jsonl")
+
+
+def _describe(parts: build.Parts, metadata: dict[str, Any], step: int) -> dict[str, Any]:
+    """What a checkpoint says beside its arrays."""
+    return {**metadata, "data": parts.data.fingerprint_before(step), "history": parts.data.history(step)}
+
+
+def _check_same(saved: dict[str, Any], current: dict[str, Any], past: dict[str, Any], directory: pathlib.Path) -> None:
+    """Refuses a checkpoint of another model or optimizer, or one whose data were others than this recipe's up to its step."""
     remedy = f"Continue with the settings of {directory / 'recipe.yaml'}, or train in another directory (train.run_directory)."
     try:
-        # Stores and the tokenizer's file may move: whether they are the same is for their fingerprints to say.
-        moved = tuple(f"data.sources.{i}.path" for i in range(len(current["recipe"]["data"]["sources"])))
-        restore.check_recipe(saved["recipe"], current["recipe"], ignore=(*MAY_CHANGE, *moved, "data.tokenizer.path"))
+        restore.check_recipe(saved["recipe"], current["recipe"], ignore=MAY_CHANGE)
     except ValueError as e:
         raise ValueError(f"{directory} holds checkpoints of another recipe: {e}\n{remedy}") from None
     if saved.get("tokenizer", current["tokenizer"]) != current["tokenizer"]:
         raise ValueError(f"{directory} was trained with another tokenizer (data.tokenizer). {remedy}")
-    if saved["data"] != current["data"]:
-        raise ValueError(f"{directory}: the data stores are not those that this run was trained on so far. {remedy}")
+    if "history" not in saved:
+        raise ValueError(f"{directory} is of an older version, which does not say what data it has read. {remedy}")
+    if lines := history.differences(saved["history"], past):
+        listed = "\n".join(f"  {line}" for line in lines)
+        change = "What comes later may change: append to data.phases."
+        raise ValueError(f"{directory}: the data are not those that this run was trained on so far:\n{listed}\n{change} {remedy}")
 
 
 def _write_recipe(directory: pathlib.Path, loaded: load.Loaded[recipe_lib.Recipe]) -> None:

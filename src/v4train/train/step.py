@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from v4train.core import tree
 from v4train.data import batch as batch_lib
@@ -33,6 +33,8 @@ class Report(NamedTuple):
     finite: Bool[Array, ""]  # False: the step changed nothing but the data position
     tokens: Float[Array, ""]  # without padding
     load: Float[Array, "l m e"]  # tokens per layer, modality and expert; the MTP block last
+    documents: Int[Array, "sources"]  # parts of documents in the batch, by data source
+    bad: Int[Array, "sources"]  # those of them that could not be read and are padding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +73,8 @@ class Step:
         kept = (state.params, state.buffers, state.optimizer)
         params, buffers, optimizer = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
         new = state_lib.State(state.step + 1, params, buffers, optimizer, state.skipped + (1 - finite.astype(jnp.int32)))
-        return new, _report(loss, sums, counts, norm=norm, finite=finite, config=self.model.config)
+        by_source = [jax.ops.segment_sum(x.sum(axis=1), batch.source, self.sources) for x in (batch.n_documents, batch.n_bad)]
+        return new, _report(loss, sums, counts, norm=norm, finite=finite, config=self.model.config, by_source=by_source)
 
     def _gradients(self, state: state_lib.State, batch: batch_lib.Batch, counts: loss_lib.Counts) -> tuple[Array, loss_lib.Terms, dict]:
         """Loss, sums and gradients over all microbatches."""
@@ -115,7 +118,14 @@ class Evaluate:
 
 
 def _report(
-    loss: Array, sums: loss_lib.Terms, counts: loss_lib.Counts, *, norm: Array, finite: Array, config: model_config.ModelConfig
+    loss: Array,
+    sums: loss_lib.Terms,
+    counts: loss_lib.Counts,
+    *,
+    norm: Array,
+    finite: Array,
+    config: model_config.ModelConfig,
+    by_source: list[Array],
 ) -> Report:
     load = stack.in_layer_order(sums.loads["stack"])
     if "mtp" in sums.loads:
@@ -132,4 +142,6 @@ def _report(
         finite=finite,
         tokens=counts.tokens,
         load=load,
+        documents=by_source[0],
+        bad=by_source[1],
     )

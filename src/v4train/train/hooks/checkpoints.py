@@ -1,5 +1,6 @@
 """Saves the state together with the data position that produced it."""
 
+from collections.abc import Callable
 from typing import Any
 
 from v4train.checkpoint import config as config_lib
@@ -11,8 +12,17 @@ from v4train.train import step as step_lib
 class Checkpoints:
     """Saves when the schedule asks for it; `last` saves at the end."""
 
-    def __init__(self, saver: manager.Manager, *, config: config_lib.CheckpointConfig, metadata: dict[str, Any], start: int, end: int):
-        """``start`` is the step that this process began from, ``end`` the last of the run, which is always saved."""
+    def __init__(
+        self,
+        saver: manager.Manager,
+        *,
+        config: config_lib.CheckpointConfig,
+        metadata: Callable[[int], dict[str, Any]],
+        start: int,
+        end: int,
+    ):
+        """``metadata`` is what to keep beside the state after a step, ``start`` the step that this process began from, ``end`` the
+        last of the run, which is always saved."""
         self._saver, self._config, self._metadata = saver, config, metadata
         self._start, self._end = start, end
 
@@ -31,4 +41,4 @@ class Checkpoints:
         self._saver.wait()
 
     def _save(self, step: int, state: state_lib.State) -> None:
-        self._saver.save(step, state, metadata={**self._metadata, "data_position": step})
+        self._saver.save(step, state, metadata={**self._metadata(step), "data_position": step})

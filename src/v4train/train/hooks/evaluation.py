@@ -27,7 +27,7 @@ class Evaluation:
         due = step in (0, train.steps) or (train.eval_every is not None and step % train.eval_every == 0)
         if due and step != self._evaluated and self._parts.recipe.data.holdout > 0:
             self._evaluated = step
-            self._sink({"kind": "eval", "step": step, "tokens": step * self._parts.data.tokens_per_step, **self.losses(state)})
+            self._sink({"kind": "eval", "step": step, "tokens": self._parts.data.phases.places_before(step), **self.losses(state)})
             self._done()
 
     def after(self, step: int, report: step_lib.Report) -> None:

@@ -21,9 +21,9 @@ class Metrics:
         *,
         sources: Sequence[str],
         layers: Sequence[str],
-        tokens_per_step: int,
+        tokens: Callable[[int], int],
         learning_rate: Callable[[int], float],
-        flops_per_token: float,
+        flops_per_token: Callable[[int], float],
         peak_flops: float | None,
         experts_every: int,
         seconds_before: float,
@@ -34,9 +34,9 @@ class Metrics:
         sink: where records go.
         sources: names of the data sources, in the batch's order.
         layers: a name per layer, for the load records.
-        tokens_per_step: places in a global batch.
+        tokens: places of the global batches before a step.
         learning_rate: of a number of steps done.
-        flops_per_token: of a training step, sparse count.
+        flops_per_token: of the training step with this number, from 0; sparse count.
         peak_flops: of all devices together, per second; None if unknown, then there is no MFU.
         experts_every: steps between load records.
         seconds_before: training time of earlier processes of this run.
@@ -44,7 +44,7 @@ class Metrics:
         on_skip: told of each step whose gradients were not finite.
         """
         self._sink, self._sources, self._layers = sink, list(sources), list(layers)
-        self._tokens_per_step, self._learning_rate = tokens_per_step, learning_rate
+        self._tokens, self._learning_rate = tokens, learning_rate
         self._flops_per_token, self._peak = flops_per_token, peak_flops
         self._experts_every, self._on_skip = experts_every, on_skip
         self._started = time.perf_counter() - seconds_before
@@ -62,7 +62,7 @@ class Metrics:
         if not report.finite:
             self._skipped += 1
             self._on_skip(step, float(report.grad_norm))
-        rate = self._tokens_per_step / seconds
+        rate = (self._tokens(step) - self._tokens(step - 1)) / seconds
         by_source = {
             f"loss/{name}": float(nats)
             for name, nats, weight in zip(self._sources, report.text, report.text_weight, strict=True)
@@ -72,7 +72,7 @@ class Metrics:
             {
                 "kind": "train",
                 "step": step,
-                "tokens": step * self._tokens_per_step,
+                "tokens": self._tokens(step),
                 "seconds": now - self._started,
                 "loss": float(report.loss),
                 **by_source,
@@ -83,7 +83,7 @@ class Metrics:
                 "grad_norm": float(report.grad_norm),
                 "tokens_per_second": rate,
                 "step_seconds": seconds,
-                "mfu": None if self._peak is None else rate * self._flops_per_token / self._peak,
+                "mfu": None if self._peak is None else rate * self._flops_per_token(step - 1) / self._peak,
                 "skipped": self._skipped,
             }
         )

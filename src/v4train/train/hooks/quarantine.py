@@ -1,27 +1,52 @@
-"""Writes down the documents that could not be read and became padding: a run survives them, but somebody should mend the store."""
+"""What becomes of documents that could not be read and are padding: a run survives a few, somebody should mend the store, many end it.
 
+Each host writes down what it met, with place and error, in a file of its own. Whether it is too much is not for one host to say, or the
+others would wait for it in a collective: every step's report holds the counts of the whole batch, equal on all hosts, and all of them
+decide by these, at the same step. The counts are of the latest documents of each source, so that a store of 10^9 documents does not
+hide a broken disk, nor one bad file at the start end a run.
+"""
+
+import collections
 import pathlib
+from collections.abc import Sequence
 
 from v4train.data import collate
+from v4train.data import config as data_config
 from v4train.train import state as state_lib
 from v4train.train import step as step_lib
 from v4train.train.hooks import record
 
 
 class BadRecords:
-    """Appends each new bad document of the data pipeline to a file, a line each, once in the life of the run."""
+    """Appends each new bad document of the data pipeline to a file, a line each, once in the life of the run; and watches their share.
 
-    def __init__(self, quarantine: collate.Quarantine, *, path: pathlib.Path):
-        self._quarantine, self._path = quarantine, path
+    Attributes:
+        too_many: what to tell the user when a source has too many bad documents; None as long as none has.
+    """
+
+    def __init__(self, quarantine: collate.Quarantine, *, path: pathlib.Path, sources: Sequence[str], config: data_config.DataConfig):
+        """``path`` is this host's file, ``sources`` the names in the order of the reports' counts."""
+        self._quarantine, self._path, self._config = quarantine, path, config
         self._known = {(r["source"], r["document"]) for r in record.read(path)}
         self._looked_at = 0
+        self._windows = {name: _Window(config.bad_window) for name in sources}
+        self.too_many: str | None = None
 
     def before(self, step: int, state: state_lib.State) -> None:
         """Nothing: what a batch met is known after it."""
 
     def after(self, step: int, report: step_lib.Report) -> None:
-        """Looks for new ones."""
+        """Writes what is new, and decides whether the run may go on."""
         self.write()
+        limit, least = self._config.max_bad_share, self._config.bad_minimum
+        for (name, window), documents, bad in zip(self._windows.items(), report.documents, report.bad, strict=True):
+            window.add(int(documents), int(bad))
+            if self.too_many is None and window.bad >= least and window.bad > limit * window.documents:
+                share = window.bad / window.documents
+                self.too_many = (
+                    f"data source {name!r}: {window.bad} of its latest {window.documents} documents ({share:.2%}) were unreadable "
+                    f"at step {step}, and data.max_bad_share is {limit:g}"
+                )
 
     def write(self) -> int:
         """Writes what is new; returns how many bad documents the run has met so far."""
@@ -35,3 +60,18 @@ class BadRecords:
                 lines(bad._asdict())
             lines.close()
         return len(self._known)
+
+
+class _Window:
+    """Documents and bad documents of the latest steps: as few whole steps as have so many documents."""
+
+    def __init__(self, size: int):
+        self._size, self._steps = size, collections.deque[tuple[int, int]]()
+        self.documents = self.bad = 0
+
+    def add(self, documents: int, bad: int) -> None:
+        self._steps.append((documents, bad))
+        self.documents, self.bad = self.documents + documents, self.bad + bad
+        while self.documents - self._steps[0][0] >= self._size:
+            documents, bad = self._steps.popleft()
+            self.documents, self.bad = self.documents - documents, self.bad - bad
