@@ -32,6 +32,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--lengths", metavar="N,N", help="tokens of a row (default: 16384,32768)")
     memory.add_argument("--steps", type=int, default=1, metavar="N", help="training steps per length (default: 1)")
     memory.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    convert = choices.add_parser(
+        "convert",
+        help="memory and speed of converting open weights",
+        description="Convert a made-up checkpoint with true tensor shapes in both directions, each in its own process.",
+        allow_abbrev=False,
+    )
+    convert.add_argument("--config", metavar="RECIPE", help="recipe whose tensors are measured (default: configs/v4_flash.yaml)")
+    convert.add_argument(
+        "--gb", type=float, default=6.5, metavar="N", help="least size in BF16 (default: 6.5); five times that on the disk"
+    )
+    convert.add_argument("--directory", metavar="DIR", help="where to work (default: the system's temporary directory)")
+    convert.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    convert.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the stack trace of an error")
     for one in (step, memory):
         one.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="override a value; may be repeated")
         one.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the stack trace of an error")
@@ -43,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a mistake in the arguments, the recipe or its data.
     """
-    return {"step": _step, "memory": _memory}[args.what](args)
+    return {"step": _step, "memory": _memory, "convert": _convert}[args.what](args)
 
 
 def _step(args: argparse.Namespace) -> int:
@@ -61,6 +74,15 @@ def _memory(args: argparse.Namespace) -> int:
     if args.json:
         return _print(result)
     print(memory.table(result))
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    convert = importlib.import_module("v4train.bench.convert")
+    result = convert.measure(args.config or convert.RECIPE, gigabytes=args.gb, directory=args.directory)
+    if args.json:
+        return _print(result)
+    print(convert.table(result))
     return 0
 
 

@@ -111,6 +111,11 @@ def _export(args: argparse.Namespace) -> int:
     for damaged, reason in found.skipped:
         print(f"the checkpoint of step {damaged} is damaged and was not used: {reason}")
     print(exporting.table(rows))
+    if misread := exporting.misread_by_transformers(recipe.model, precision=precision):
+        print(
+            f"note: `transformers` cannot read {len(misread)} of these FP8 matrices, whose sides are above 128 and no multiples of it "
+            f"(the first is {misread[0]}); export as bf16 for it"
+        )
     print(f"exported step {found.step} of {checkpoints.parent} to {directory} as {args.format}: {progress.summary}")
     return 0
 
@@ -133,7 +138,7 @@ def _write_tokenizer(directory: pathlib.Path, recipe: Any, *, beside: pathlib.Pa
     return released_config.TokenIds(bos=tokenizer.bos, eos=tokenizer.eos, pad=tokenizer.pad)
 
 
-def _card(recipe: Any, found: Any, rows: Any, precision: str) -> str:
+def _card(recipe: Any, found: Any, rows: Any, precision: Any) -> str:
     from v4train.core import param
     from v4train.data import store
     from v4train.interop import model_card

@@ -169,7 +169,7 @@ def _encode(reader: streaming.Reader, slot: names.Slot, stored: str, format: nam
     if format in ("fp32", "bf16", "int64"):
         array, deviation = _plain(reader, slot, stored, format)
         return _Encoded(slot, {slot.released: array}, deviation)
-    tensor = slot.to_released(reader.read(stored, slot.index))
+    tensor = _tensor(reader, slot, stored)
     if format == "fp8":
         packed = quantised.fp8_quantise(tensor, name=slot.released)
         back = quantised.fp8_dequantise(packed.values, scale=packed.scale, name=slot.released)
@@ -181,16 +181,21 @@ def _encode(reader: streaming.Reader, slot: names.Slot, stored: str, format: nam
 
 def _plain(reader: streaming.Reader, slot: names.Slot, stored: str, format: names.Format) -> tuple[np.ndarray, quantised.Deviation]:
     if math.prod(slot.shape) * 4 <= 2 * PIECE_BYTES or slot.turn == "grouped":
-        return _round(slot, slot.to_released(reader.read(stored, slot.index)), format)
+        return _round(slot, _tensor(reader, slot, stored), format)
     array, deviation = np.empty(slot.shape, _DTYPES[format]), quantised.Deviation()
     step = max(PIECE_BYTES // (math.prod(slot.shape[1:]) * 4), 1)
     for start in range(0, slot.shape[0], step):
         rows = slice(start, min(start + step, slot.shape[0]))
         index = (slice(None), rows) if slot.turn == "transposed" else (rows,)
         piece = reader.read(stored, (*slot.index, *index))
-        array[rows], own = _round(slot, piece.T if slot.turn == "transposed" else piece, format)
+        array[rows], own = _round(slot, ahead.contiguous(piece.T if slot.turn == "transposed" else piece), format)
         deviation += own
     return array, deviation
+
+
+def _tensor(reader: streaming.Reader, slot: names.Slot, stored: str) -> np.ndarray:
+    block = reader.read(stored, slot.index)
+    return ahead.contiguous(block.T) if slot.turn == "transposed" else slot.to_released(block)
 
 
 def _round(slot: names.Slot, values: np.ndarray, format: names.Format) -> tuple[np.ndarray, quantised.Deviation]:
@@ -205,3 +210,13 @@ def _round(slot: names.Slot, values: np.ndarray, format: names.Format) -> tuple[
 
 def _scale_name(slot: names.Slot) -> str:
     return f"{slot.released.removesuffix('weight')}scale"
+
+
+def misread_by_transformers(model: config_lib.ModelConfig, *, precision: names.Precision) -> list[str]:
+    """The FP8 matrices whose blocks `transformers` takes for others: sides above 128 that are no multiple of it.
+
+    It divides a matrix evenly by its grid of scales (``Fp8Dequantize``, 5.23), or refuses what it cannot. No released model has such sides.
+    """
+    block = quantised.FP8_BLOCK[0]
+    slots = [slot for slot in names.slots(model) if names.stored_as(slot, precision) == "fp8" and not slot.released.startswith("mtp.")]
+    return [slot.released for slot in slots if any(size > block and size % block for size in slot.shape)]

@@ -2,7 +2,7 @@
 
 The arrays are those that a training run would save for the same model, without an optimizer: ``params`` (trained), ``buffers`` (router
 biases, hash tables), and the counters of steps at zero. One tensor is read, dequantised, turned, and written to its place in the stacked
-array; the next one is prepared by another thread meanwhile. So the memory is that of three tensors and what `streaming` has in flight. The
+array; the next ones are prepared by other threads meanwhile. So the memory is that of a few tensors and what `streaming` has in flight. The
 embedding and the head, the only matrices that grow with the vocabulary, go in pieces of rows.
 """
 
@@ -85,7 +85,7 @@ def _pieces(released: released_lib.Released, writer: streaming.Writer, stored: d
 
 
 def _whole(released: released_lib.Released, slot: names.Slot) -> Piece:
-    return slot, slot.index, np.ascontiguousarray(released.block(slot))
+    return slot, slot.index, ahead.contiguous(released.block(slot))
 
 
 def _is_cut(slot: names.Slot, source: matching.Source) -> bool:
@@ -97,5 +97,5 @@ def _piece(released: released_lib.Released, slot: names.Slot, source: matching.S
     values = released.files.read(source.name, rows=rows).astype(slot.dtype)
     quantised.require_finite(values, name=source.name)
     if slot.turn == "transposed":
-        return slot, (*slot.index, slice(None), rows), np.ascontiguousarray(values.T)
+        return slot, (*slot.index, slice(None), rows), ahead.contiguous(values.T)
     return slot, (*slot.index, rows), values

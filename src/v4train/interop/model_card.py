@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from v4train.interop import exporting
+from v4train.interop import exporting, names
 from v4train.model import config as config_lib
 from v4train.model import count
 
@@ -57,7 +57,7 @@ _FORMATS = {
 def text(
     model: config_lib.ModelConfig,
     *,
-    precision: str,
+    precision: names.Precision,
     counted: count.ParameterCount,
     training: Training,
     rows: Sequence[exporting.Row],
@@ -79,7 +79,7 @@ def text(
         "## Loading",
         _loading(precision),
         "## Limits",
-        _limits(model, training),
+        _limits(model, training, misread=len(exporting.misread_by_transformers(model, precision=precision))),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -129,21 +129,23 @@ def _training(training: Training) -> str:
     return "\n".join(lines)
 
 
-def _loading(precision: str) -> str:
-    note = ""
+def _loading(precision: names.Precision) -> str:
+    dtype, note = "float32", ""
     if precision in ("base", "instruct"):
+        dtype = "bfloat16"
         note = (
-            "\n\nWithout a GPU `transformers` unpacks the weights while it loads (it needs `accelerate` for it), and the memory for that."
+            "\n\nWithout a GPU `transformers` (5.23, with `accelerate`) unpacks FP8 and FP4 to BF16, which holds their values exactly. Do not "
+            "ask it for another dtype: it would mix the two. `model.float()` afterwards computes in FP32 without further loss."
         )
     return (
         "```python\nimport torch, transformers\n\n"
-        'model = transformers.AutoModelForCausalLM.from_pretrained(".", dtype=torch.float32)\n'
+        'model = transformers.AutoModelForCausalLM.from_pretrained(".", dtype=torch.' + dtype + ")\n"
         'tokenizer = transformers.AutoTokenizer.from_pretrained(".")\n```'
         f"{note}\n\nTo train on: `v4train convert import . imported`, then a recipe with `init_from: imported`."
     )
 
 
-def _limits(model: config_lib.ModelConfig, training: Training) -> str:
+def _limits(model: config_lib.ModelConfig, training: Training, *, misread: int) -> str:
     lines = ["- A language model repeats what it was trained on, mistakes included; it has not been aligned or tested for safety."]
     if not training.imported:
         lines.append("- It was trained with v4train; no benchmark has been run on it unless this page says so.")
@@ -153,4 +155,9 @@ def _limits(model: config_lib.ModelConfig, training: Training) -> str:
         )
     if model.mtp:
         lines.append("- `transformers` ignores the multi-token prediction block (`mtp.*`).")
+    if misread:
+        lines.append(
+            f"- `transformers` (5.23) cannot read {misread} of the FP8 matrices: it assumes sides of at most 128 or multiples of 128. "
+            "Use the BF16 format there."
+        )
     return "\n".join(lines)
