@@ -134,8 +134,8 @@ def _loading(precision: names.Precision) -> str:
     if precision in ("base", "instruct"):
         dtype = "bfloat16"
         note = (
-            "\n\nWithout a GPU `transformers` (5.23, with `accelerate`) unpacks FP8 and FP4 to BF16, which holds their values exactly. Do not "
-            "ask it for another dtype: it would mix the two. `model.float()` afterwards computes in FP32 without further loss."
+            "\n\nWithout a GPU `transformers` (5.23, with `accelerate`) unpacks FP8 and FP4 to BF16, which holds their values exactly. Do "
+            "not ask it for another dtype: it would mix the two. `model.float()` afterwards computes in FP32 without further loss."
         )
     return (
         "```python\nimport torch, transformers\n\n"
