@@ -33,14 +33,19 @@ def stores(tmp_path_factory):
     return [{"name": n, "path": str(root / n), "weight": w} for n, w in (("media", 1.0), ("text", 2.0), ("late", 0.0))]
 
 
-def _pipeline(stores, **changes):
+def _config(stores, **changes):
     shape = {"sequence_length": 48, "image_patch": 2, "max_patches": 10, "max_audio_frames": 12, "holdout": 0.2}
-    return pipeline.Pipeline(config.DataConfig(sources=stores, **(shape | changes)), batch_rows=8)
+    return config.DataConfig(sources=stores, **(shape | changes))
+
+
+def _measure(stores, **changes):
+    chosen = _config(stores, **changes)
+    return statistics.measure(pipeline.Pipeline(chosen, batch_rows=8), config=chosen, steps=STEPS)
 
 
 @pytest.fixture(scope="module")
 def measured(stores):
-    return statistics.measure(_pipeline(stores, phases=PHASES), steps=STEPS)
+    return _measure(stores, phases=PHASES)
 
 
 def test_what_is_stored_is_counted_from_the_documents(measured, stores):
@@ -60,7 +65,7 @@ def test_what_is_stored_is_counted_from_the_documents(measured, stores):
 
 
 def test_what_is_drawn_is_counted_from_the_batches(measured, stores):
-    data = _pipeline(stores, phases=PHASES)
+    data = pipeline.Pipeline(_config(stores, phases=PHASES), batch_rows=8)
     rows, tokens, places = np.zeros(3, int), np.zeros(3, int), 0
     for step in range(STEPS):
         batch = data.batch(step)
@@ -95,7 +100,7 @@ def test_lengths_are_counted_between_powers_of_two():
 
 
 def test_a_source_that_is_never_drawn_says_so(stores):
-    found = statistics.measure(_pipeline(stores), steps=STEPS).sources[2]
+    found = _measure(stores).sources[2]
     assert (found.asked, found.rows, found.drawn, found.epochs) == (0.0, 0, 0, 0.0)
 
 

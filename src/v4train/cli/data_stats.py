@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     subject = subject_lib.find(args.subject, overrides=args.overrides)
     recipe = subject.recipe
     data = pipeline.Pipeline(recipe.data, batch_rows=recipe.train.batch_rows)
-    measured = statistics.measure(data, steps=recipe.train.steps)
+    measured = statistics.measure(data, config=recipe.data, steps=recipe.train.steps)
     heading = f"{subject.name} · {subject.origin}"
     if args.json:
         print(json.dumps({"name": subject.name} | measured.values(), indent=1))

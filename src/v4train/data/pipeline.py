@@ -57,6 +57,8 @@ class Pipeline:
     Attributes:
         tokenizer: of all sources.
         sources: their names; `Batch.source` counts in this order.
+        stores: of the sources, in this order.
+        documents: ``(source, split)`` -> numbers of its documents, in their store.
         phases: shapes and weights by step.
         mixture: rows of each source.
         tokens_per_step: places (padding included) of a global batch of the first phase.
@@ -104,6 +106,7 @@ class Pipeline:
         self.quarantine = collate.Quarantine(on_bad_record)
         opened = {"tokenizer": self.tokenizer, "image_patch": config.image_patch, "cache_bytes": _CACHE_BYTES // len(config.sources)}
         stores = [sources_lib.open_store(source, **opened) for source in config.sources]
+        self.stores = tuple(stores)
         self._readers = [
             collate.Reader(store, name=name, quarantine=self.quarantine) for store, name in zip(stores, self.sources, strict=True)
         ]
@@ -112,12 +115,12 @@ class Pipeline:
         for phase in self.phases.phases:
             if not self._row_shapes or self._row_shapes[-1][0] != phase.shape.row:
                 self._row_shapes.append((phase.shape.row, phase.first_row))
-        self._documents = functools.cache(self._select)
+        self.documents = functools.cache(self._select)
         self._plan = functools.cache(self._make_plan)
         for i in range(len(stores)):
             self._plan(i, split, 0)
             for shape in {shape for shape, _ in self._row_shapes[1:]}:  # a span that no row can hold is better found now
-                plan_lib.Plan(stores[i], documents=self._documents(i, split), packing=self._packing(i, shape))
+                plan_lib.Plan(stores[i], documents=self.documents(i, split), packing=self._packing(i, shape))
 
     def _check_division(self) -> None:
         hosts, slices = self._host_count, self._context_count
@@ -145,7 +148,7 @@ class Pipeline:
         start = None
         if part:
             start = self._plan(source, split, part - 1).after(self._rows_in_part(source, part - 1))
-        documents, packing = self._documents(source, split), self._packing(source, self._row_shapes[part][0])
+        documents, packing = self.documents(source, split), self._packing(source, self._row_shapes[part][0])
         return plan_lib.Plan(self._readers[source].store, documents=documents, packing=packing, start=start)
 
     def _rows_in_part(self, source: int, part: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
+from v4train.data import config as config_lib
 from v4train.data import phases as phases_lib
 from v4train.data import pipeline
 
@@ -96,31 +97,31 @@ class Statistics:
         return figures | {"sources": sources, "phases": phases}
 
 
-def measure(data: pipeline.Pipeline, *, steps: int) -> Statistics:
-    """The statistics of a mixture over a training of so many steps."""
+def measure(data: pipeline.Pipeline, *, config: config_lib.DataConfig, steps: int) -> Statistics:
+    """The statistics of a mixture, opened from ``config``, over a training of so many steps."""
     rows = data.phases.rows_before(steps)
     asked, amounts, fill = _asked(data.phases, steps=steps), data.amounts(steps), data.fill()
     sources = []
-    for i, (name, store) in enumerate(zip(data.sources, [reader.store for reader in data._readers], strict=True)):
-        train, held_out = (store.documents[data._documents(i, split)] for split in ("train", "holdout"))
+    for i, (source, store) in enumerate(zip(config.sources, data.stores, strict=True)):
+        train, held_out = (store.documents[data.documents(i, split)] for split in ("train", "holdout"))
         total = _tokens(train)
         patches, frames = (int(train[field].sum(dtype=np.int64)) for field in ("patches", "frames"))
         all_tokens = max(1, total + _tokens(held_out))
         sources.append(
             Source(
-                name=name,
+                name=source.name,
                 path=str(store.path),
-                packing=data._config.sources[i].packing,
+                packing=source.packing,
                 fingerprint=store.fingerprint,
                 documents=len(train),
                 held_out_documents=len(held_out),
                 held_out_share=_tokens(held_out) / all_tokens,
                 tokens={"text": total - patches - frames, "image": patches, "audio": frames},
                 asked=float(asked[i]),
-                rows=amounts[name].rows,
-                drawn=amounts[name].tokens,
-                epochs=amounts[name].epochs,
-                fill=fill[name],
+                rows=amounts[source.name].rows,
+                drawn=amounts[source.name].tokens,
+                epochs=amounts[source.name].epochs,
+                fill=fill[source.name],
                 lengths=lengths(train["tokens"].astype(np.int64)),
             )
         )
