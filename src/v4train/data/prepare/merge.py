@@ -6,6 +6,7 @@ last, and with it the store exists.
 
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from v4train.data import store as store_lib
 
 HISTOGRAM = "histogram.npy"  # the one index that is summed; all others are joined
+PLACES, CHECKSUMS = "places.npy", "checksums.npy"  # of flat shards: the first counts entries of the second, which runs over all shards
 
 
 def merge(stores: Sequence[pathlib.Path], output: pathlib.Path, *, extra: dict[str, Any]) -> dict[str, Any]:
@@ -50,10 +52,27 @@ def merge(stores: Sequence[pathlib.Path], output: pathlib.Path, *, extra: dict[s
         "files": files,
         **extra,
     }
-    partial = output / (store_lib.MANIFEST + ".partial")
-    partial.write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(output / store_lib.MANIFEST)
+    for name in files:
+        _sync(output / name)
+    _write_manifest(output, merged)
     return merged
+
+
+def _write_manifest(output: pathlib.Path, manifest: dict[str, Any]) -> None:
+    partial = output / (store_lib.MANIFEST + ".partial")
+    partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(partial)
+    partial.replace(output / store_lib.MANIFEST)
+    _sync(output)
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Waits until it is on the disk: the manifest must not be there before what it promises."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _move(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -73,8 +92,13 @@ def _join(name: str, sources: list[pathlib.Path], target: pathlib.Path) -> dict[
     with target.open("wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (sum(lengths),)}
         np.lib.format.write_array_header_1_0(file, header)
+        first_chunk = 0
         for path in sources:
-            np.load(path).tofile(file)
+            array = np.load(path)
+            if name == PLACES:
+                array["chunk"] += np.uint64(first_chunk)
+                first_chunk += _length(path.with_name(CHECKSUMS))
+            array.tofile(file)
     return _entry(target)
 
 

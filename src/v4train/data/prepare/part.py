@@ -58,6 +58,7 @@ class Report:
         documents: written.
         tokens: written, placeholders included.
         stores: names of the directories within the part.
+        digest: of what lies in the part beside the stores.
     """
 
     task: int
@@ -69,6 +70,7 @@ class Report:
     documents: int
     tokens: int
     stores: tuple[str, ...]
+    digest: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +91,21 @@ def load(path: pathlib.Path) -> Report:
     """The report of a finished part."""
     values = json.loads((path / REPORT).read_text())
     return Report(**values | {"stores": tuple(values["stores"])})
+
+
+def _digest(path: pathlib.Path) -> str:
+    return " ".join(store_lib.file_sha256(path / file) for file in (CONTENTS, QUARANTINE))
+
+
+def is_intact(path: pathlib.Path) -> bool:
+    """Whether every byte of a part is what was written: after a power cut a file may be there by name only."""
+    try:
+        report = load(path)
+        for directory in [*(path / name for name in report.stores), *path.glob("kept/store-*")]:
+            store_lib.TokenStore.open(directory).verify()
+        return report.digest == _digest(path)
+    except (ValueError, TypeError, KeyError, OSError):
+        return False
 
 
 def write(job: Job, *, advance: Callable[[Advance], None] = lambda _: None) -> Report:
@@ -151,7 +168,7 @@ def _fill(directory: pathlib.Path, job: Job, *, advance: Callable[[Advance], Non
                 counts["tokens"] += tokens
             advance(Advance(1, tokens, found.size))
     numbers = (task.number, task.source, task.size, counts["records"], counts["bad"], dict(refused), stores.documents, counts["tokens"])
-    report = Report(*numbers, tuple(stores.names))
+    report = Report(*numbers, tuple(stores.names), _digest(directory))
     (directory / REPORT).write_text(json.dumps(dataclasses.asdict(report)) + "\n")
     return report
 
@@ -224,13 +241,16 @@ class _Stores:
 
 @contextlib.contextmanager
 def _appearing(final: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory to fill; it is at ``final``, synced to the disk, once that went well. Two that make the same do not meet."""
+    """A directory to fill; it is at ``final`` once that went well. Two that make the same do not meet.
+
+    Nothing waits for the disk here. A rename may therefore survive a power cut that its content did not, and `is_intact` finds that
+    out when a preparation goes on; syncing thousands of small files costs more than reading them once.
+    """
     directory = final.with_name(f".{final.name}.{os.getpid()}")
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     try:
         yield directory
-        sync(directory)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
@@ -240,13 +260,3 @@ def _appearing(final: pathlib.Path) -> Iterator[pathlib.Path]:
         if not final.exists():
             raise
         shutil.rmtree(directory)
-
-
-def sync(directory: pathlib.Path) -> None:
-    """Waits until everything below a directory is on the disk: a rename may otherwise survive a power cut that its content did not."""
-    for path in [*directory.rglob("*"), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

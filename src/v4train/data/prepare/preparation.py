@@ -23,7 +23,7 @@ from v4train.data import tokenizer as tokenizer_lib
 from v4train.data.prepare import config as config_lib
 from v4train.data.prepare import duplicates, inputs, merge, part, progress, record, runners
 
-WORK, PLAN, PREPARATION = ".preparing", "plan.json", "preparation.json"
+WORK, PLAN, MERGING, PREPARATION = ".preparing", "plan.json", "merging", "preparation.json"
 Runner = Literal["local", "ray"]
 
 
@@ -91,13 +91,13 @@ def prepare(spec: config_lib.PrepareConfig, *, runner: Runner = "local", fresh: 
         stores = [store for task in tasks for store in _stores(work / part.name(task.number))]
         if not stores:
             raise ValueError(
-                f"{output}: no document is left: {_counts(sources)}; see {output / part.QUARANTINE} and the filters of the spec"
+                f"{output}: no document is left ({_counts(sources)}); see {output / part.QUARANTINE} and the filters of the spec"
             )
         counted = [dataclasses.asdict(source) for source in sources]
         about = {"digest": digest, "spec": spec.model_dump(mode="json"), "inputs": counted}
         (output / PREPARATION).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (work / MERGING).touch()
         manifest = merge.merge(stores, output, extra={"inputs": counted})
-        part.sync(output)
         shutil.rmtree(work)
         return Summary(output, manifest, sources, gauge.tokens, gauge.seconds, workers)
 
@@ -159,7 +159,7 @@ def _begin(output: pathlib.Path, *, digest: str) -> pathlib.Path:
 def _write_parts(
     spec: config_lib.PrepareConfig, tasks: list[record.Task], work: pathlib.Path, *, runner: Runner, workers: int
 ) -> tuple[list[part.Report], progress.Progress]:
-    found = {task.number: part.load(work / part.name(task.number)) for task in tasks if (work / part.name(task.number)).exists()}
+    found = {task.number: part.load(work / part.name(task.number)) for task in tasks if _is_done(work / part.name(task.number))}
     judge = _Judge(spec, tasks, work)
     gauge = progress.Progress(total_bytes=sum(task.size for task in tasks), done_bytes=sum(one.size for one in found.values()))
     if found:
@@ -175,6 +175,16 @@ def _write_parts(
     finally:
         gauge.close()
     return [found[task.number] for task in tasks], gauge
+
+
+def _is_done(path: pathlib.Path) -> bool:
+    """Whether a part is there; a damaged one is removed. Once merging has begun, shards have left their parts."""
+    if not path.exists():
+        return False
+    if not (path.parent / MERGING).exists() and not part.is_intact(path):
+        shutil.rmtree(path)
+        return False
+    return True
 
 
 def _run(
