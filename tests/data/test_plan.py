@@ -1,5 +1,6 @@
 """Rows against a packer that walks the stream token by token."""
 
+import fractions
 import itertools
 
 import numpy as np
@@ -51,18 +52,22 @@ def split_by_walking(s, items, *, packing, separate=False):
 def best_fit_by_scanning(s, items, *, packing):
     """Rows, as sets of parts: every open row is looked at for every part."""
     parts = [part for row in split_by_walking(s, items, packing=packing, separate=True) for part in row]
-    rows = []
-    for d, begin, end in sorted(parts, key=lambda part: part[1] - part[2]):
-        media = [sum(int(n) for k, at, n in s.spans_of(d) if k == kind and begin <= at < end) for kind in (1, 2)]
-        need = np.array([end - begin, *media])
+    rows, limits = [], (packing.sequence_length, packing.max_patches, packing.max_audio_frames)
+
+    def size(part):
+        d, begin, end = part
+        return [end - begin, *(sum(int(n) for k, at, n in s.spans_of(d) if k == kind and begin <= at < end) for kind in (1, 2))]
+
+    for part in sorted(parts, key=lambda part: -sum(fractions.Fraction(n, limit) for n, limit in zip(size(part), limits, strict=True))):
+        need = np.array(size(part))
         fitting = [row for row in rows if (need <= row["room"]).all()]
         if fitting:
             row = min(fitting, key=lambda row: row["room"][0])
         else:
-            row = {"room": np.array([packing.sequence_length, packing.max_patches, packing.max_audio_frames]), "parts": []}
+            row = {"room": np.array(limits), "parts": []}
             rows.append(row)
         row["room"] = row["room"] - need
-        row["parts"].append((d, begin, end))
+        row["parts"].append(part)
     return rows
 
 
@@ -114,6 +119,16 @@ def test_best_fit_is_best_fit(tmp_path, kind, documents, length):
         assert [p.tokens_before(first + i) for i in range(len(got))] == (tokens + np.cumsum([0, *lengths[:-1]])).tolist()
         assert np.corrcoef(lengths, range(len(lengths)))[0, 1] ** 2 < 0.05, "full rows first: not shuffled"
         first, tokens = first + len(got), tokens + sum(lengths)
+
+
+def test_windows_are_bounded(tmp_path, monkeypatch):
+    """However long the rows, best fit looks at so many documents at most; without the bound all tests above have one window size."""
+    monkeypatch.setattr(plan, "_WINDOW_OF_TEXT", 100)
+    s, p = open_plan(synthetic.make_test_store(tmp_path / "s", documents=330), sequence_length=5000, policy="no_split")
+    assert (p.block_epochs, p.epoch_blocks) == (1, 4)
+    assert sorted(d for block in range(4) for (d,) in stream(p, s, block)) == list(range(330))
+    few = plan.Plan(s, documents=np.arange(30), packing=plan.Packing(5000, 0, 0, 5, "no_split"))
+    assert (few.block_epochs, few.epoch_blocks) == (3, 1)
 
 
 def test_best_fit_pads_less_than_one_per_cent(tmp_path):

@@ -60,8 +60,9 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
             lines.append(f"data source {name!r} was read, but is gone or has no weight in the past now: give it weight 0 from a phase on")
         elif now["store"] != before["store"]:
             lines.append(f"data source {name!r}: its store is not the one that was read")
-        elif now != before:
-            lines.append(f"data source {name!r}: {_pairs(before)} in the checkpoint, {_pairs(now)} now")
+        else:
+            changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+            lines += [f"data source {name!r}: {key} {before.get(key)} in the checkpoint, {now.get(key)} now" for key in changed]
     if not lines and saved["order"] != current["order"]:
         lines.append(f"the sources are in the order {', '.join(current['order'])} now; it was {', '.join(saved['order'])}")
     lines += itertools.islice(_phases(saved["phases"], current["phases"]), _LISTED)

@@ -4,9 +4,12 @@
     The documents are one long text; a row is the next S tokens of it. A cut moves back to the start of a media span that it would fall
     into, and a row is closed early when the next span would exceed its budget of patches or audio frames. Text has no padding at all.
 ``no_split``
-    A document is never cut. Best fit decreasing: documents, longest first, go to the row with the least room that still takes them
-    (tokens, patches and frames). It needs at most 11/9 of the optimal rows (Johnson 1973), and with the many short documents of a
-    corpus practically none too many. A document that no row can hold is cut as above; its last part is packed like a short document.
+    A document is never cut. Best fit decreasing: documents, largest first, go to the row with the least room for tokens that still
+    takes them, patches and frames included. Text needs at most 11/9 of the optimal rows (Johnson 1973), and with the many short
+    documents of a corpus practically none too many. Large is the sum of the shares that a document takes of a row's three limits: by
+    tokens alone, short captions of large images would be left to the end, and fill rows with patches that are half empty of tokens
+    (measured: 92 % of places used, and 97 % by the sum). A document that no row can hold is cut as above; its last part is packed
+    like a short document.
 ``one_document``
     A row is a document, or a part of one that is longer than a row.
 
@@ -17,6 +20,7 @@ all bins' rows in memory. Next fit, which closes a row at the first document tha
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -116,14 +120,21 @@ def cut_documents(starts: np.ndarray, *, spans: Spans | None, packing: Packing) 
 def best_fit(cuts: np.ndarray, *, spans: Spans | None, packing: Packing) -> Int64[np.ndarray, "parts"]:
     """The row, from 0, of each part of a stream between consecutive cuts. Ties: the earlier part, the row that was opened first."""
     sizes = _sizes(cuts, spans)
-    order = np.argsort(-sizes[:, 0], kind="stable")
+    order = np.argsort(-sizes @ _weights(packing.limits)[: sizes.shape[1]], kind="stable")
     row_of = np.empty(len(order), np.int64)
     row_of[order] = (_best_fit_of_text if not sizes[:, 1:].any() else _best_fit_of_media)(sizes[order], packing.limits)
     return row_of
 
 
+def _weights(limits: tuple[int, int, int]) -> np.ndarray:
+    """What makes tokens, patches and frames shares of a row, times one large number, in integers."""
+    whole = [max(1, limit) for limit in limits]
+    scale = min(math.lcm(*whole), 2**60)
+    return np.array([scale // limit for limit in whole], np.int64)
+
+
 def _best_fit_of_text(sizes: np.ndarray, limits: tuple[int, int, int]) -> list[int]:
-    """Rows of parts that come longest first: a binary search each."""
+    """Rows of parts that come largest first: a binary search each."""
     found, rows, shortest = [], 0, int(sizes[-1, 0])
     # An open row is one number, its room times 2^32 plus its name, so that a list of numbers is sorted by both.
     open_rows: list[int] = []
