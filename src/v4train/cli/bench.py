@@ -7,6 +7,7 @@ by name, as `cli.main` finds commands, and only the one that is asked for is imp
 import argparse
 import importlib
 import json
+import pathlib
 import time
 from typing import Any
 
@@ -45,8 +46,37 @@ def configure(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--directory", metavar="DIR", help="where to work (default: the system's temporary directory)")
     convert.add_argument("--json", action="store_true", help="print JSON instead of a table")
     convert.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the stack trace of an error")
+    _configure_data(choices)
     for one in (step, memory):
         one.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="override a value; may be repeated")
+        one.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the stack trace of an error")
+
+
+def _configure_data(choices: Any) -> None:
+    data = choices.add_parser(
+        "data",
+        help="speed of reading training rows",
+        description="Measure how fast rows come out of the data pipeline, each format and length in its own process.",
+        allow_abbrev=False,
+    )
+    data.add_argument("--directory", metavar="DIR", help="keep the synthetic documents there (0.6 GB; default: a temporary directory)")
+    data.add_argument("--read-threads", type=int, default=1, metavar="N", help="as in a recipe (default: 1)")
+    data.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each case (default: 5)")
+    data.add_argument("--seconds", type=float, default=1.0, metavar="T", help="of each measurement (default: 1)")
+    versus = choices.add_parser(
+        "versus",
+        help="the same work done by other libraries",
+        description="Measure our readers and others in turns: the same documents, the same rows.",
+        allow_abbrev=False,
+    )
+    versus.add_argument("work", choices=("data",), help="what is compared")
+    versus.add_argument("--install", action="store_true", help="make .venv-versus with them first (6 GB: they bring PyTorch)")
+    versus.add_argument("--python", metavar="FILE", help="an interpreter that has them (default: that of .venv-versus)")
+    versus.add_argument("--length", type=int, default=8192, metavar="N", help="tokens of a row (default: 8192)")
+    versus.add_argument("--rounds", type=int, default=3, metavar="N", help="turns (default: 3)")
+    versus.add_argument("--seconds", type=float, default=2.0, metavar="T", help="of each measurement (default: 2)")
+    for one in (data, versus):
+        one.add_argument("--json", action="store_true", help="print JSON instead of a table")
         one.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the stack trace of an error")
 
 
@@ -56,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a mistake in the arguments, the recipe or its data.
     """
-    return {"step": _step, "memory": _memory, "convert": _convert}[args.what](args)
+    return {"step": _step, "memory": _memory, "convert": _convert, "data": _data, "versus": _versus}[args.what](args)
 
 
 def _step(args: argparse.Namespace) -> int:
@@ -83,6 +113,30 @@ def _convert(args: argparse.Namespace) -> int:
     if args.json:
         return _print(result)
     print(convert.table(result))
+    return 0
+
+
+def _data(args: argparse.Namespace) -> int:
+    data = importlib.import_module("v4train.bench.data")
+    directory = None if args.directory is None else pathlib.Path(args.directory)
+    options = {"read_threads": args.read_threads, "repeats": args.repeats, "seconds": args.seconds}
+    result = data.measure(directory, **options)
+    if args.json:
+        return _print(result)
+    print(data.table(result))
+    return 0
+
+
+def _versus(args: argparse.Namespace) -> int:
+    versus = importlib.import_module("v4train.bench.versus.data")
+    if args.install:
+        versus.install()
+    python = None if args.python is None else pathlib.Path(args.python)
+    rows = max(1, 2**17 // args.length)
+    result = versus.measure(python, length=args.length, batch_rows=rows, rounds=args.rounds, seconds=args.seconds)
+    if args.json:
+        return _print(result)
+    print(versus.table(result))
     return 0
 
 
