@@ -22,6 +22,24 @@ def test_an_image_that_is_not_whole_patches_is_refused():
         media.image_to_patches(np.zeros((6, 8), np.uint8), patch=2)
 
 
+def test_the_grid_of_an_image_fits_its_budget_and_its_proportions():
+    """Within the budget, no larger than the image, nearly its proportions and most of the budget."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        width, height = (int(x) for x in rng.integers(1, 3000, 2))
+        budget = int(rng.integers(1, 200))
+        columns, rows = media.fit_grid(width, height, patch=16, max_patches=budget)
+        assert 1 <= columns * rows <= budget
+        assert columns <= max(1, round(width / 16))
+        assert rows <= max(1, round(height / 16))
+        if width * height > 256 * budget and 0.5 < width / height < 2 and budget > 20:
+            assert columns * rows > 0.7 * budget
+            assert abs(np.log(columns / rows) - np.log(width / height)) < 0.35
+    assert media.fit_grid(32, 16, patch=16, max_patches=100) == (2, 1)
+    assert media.fit_grid(32, 16, patch=16, max_patches=32, upscale=True) == (8, 4)
+    assert media.fit_grid(10000, 1, patch=16, max_patches=10) == (10, 1)
+
+
 def dmel_by_definition(signal: np.ndarray, *, rate: int) -> np.ndarray:
     """One frame and one band at a time, with a discrete Fourier transform written out."""
     window, hop = rate // 10, rate // 20

@@ -224,24 +224,6 @@ def test_images_are_upright_opaque_and_within_their_budget(tmp_path):
         decode.image(tmp_path / "x.png", config=settings)
 
 
-def test_the_grid_of_an_image_is_the_best_that_fits():
-    """Against a search over all grids within the budget."""
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        width, height = (int(x) for x in rng.integers(1, 3000, 2))
-        budget = int(rng.integers(1, 200))
-        columns, rows = media.fit_grid(width, height, patch=16, max_patches=budget)
-        assert 1 <= columns * rows <= budget
-        assert columns <= max(1, round(width / 16))
-        assert rows <= max(1, round(height / 16))
-        if width * height > 256 * budget and 0.5 < width / height < 2 and budget > 20:
-            assert columns * rows > 0.7 * budget
-            assert abs(np.log(columns / rows) - np.log(width / height)) < 0.35
-    assert media.fit_grid(32, 16, patch=16, max_patches=100) == (2, 1)
-    assert media.fit_grid(32, 16, patch=16, max_patches=32, upscale=True) == (8, 4)
-    assert media.fit_grid(10000, 1, patch=16, max_patches=10) == (10, 1)
-
-
 @pytest.mark.parametrize("rate", [8000, 16_000, 22_050, 44_100, 48_000])
 def test_sound_of_any_rate_has_nearly_the_same_frames(rate):
     """A tone is the same tone: its loudest band must not move with the sample rate."""
