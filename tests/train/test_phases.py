@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -26,22 +27,25 @@ QUICK = {"hidden": 16, "layers": [{"pattern": ["csa"]}], "mtp": None}
 
 @pytest.fixture(scope="module")
 def programs():
-    """Steps are compiled once for each shape in this module, whatever run asks for them; which were asked for is kept."""
-    compiled, asked = {}, []
+    """Each function is compiled once in this module, whatever run asks for it; the shapes that were asked for are kept."""
+    steps, evaluates, asked = {}, {}, []
 
     def lower(parts, shape, original=build._lower_step):
         asked.append(shape)
         key = (shape, len(parts.data.sources))
-        if key not in compiled:
-            compiled[key] = original(parts, shape).compile(compiler.options())
-        return Again(compiled[key])
+        if key not in steps:
+            steps[key] = original(parts, shape).compile(compiler.options())
+        return types.SimpleNamespace(compile=lambda options: steps[key])
 
-    class Again:
-        def __init__(self, program):
-            self.compile = lambda options: program
+    def compile_program(parts, *, first_step, original=build.compile_program):
+        sources, shape = len(parts.data.sources), build.shape_at(parts, first_step)
+        if sources not in evaluates:
+            evaluates[sources] = original(parts, first_step=first_step).evaluate
+        return build.Program({shape: build._lower_step(parts, shape).compile(None)}, evaluates[sources], 0.0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "_lower_step", lower)
+        patch.setattr(build, "compile_program", compile_program)
         yield asked
 
 
@@ -100,7 +104,7 @@ def test_a_phase_of_longer_rows_is_compiled_when_it_comes(through, programs):
     lines = [line for line in through.out.splitlines() if "from here on" in line]
     assert len(lines) == 1
     assert lines[0].startswith("step      3  from here on 4 rows of 128 tokens a step; compiled in ")
-    assert [shape[:2] for shape in programs[:2]] == [(8, 64), (4, 128)]
+    assert list(dict.fromkeys(shape[:2] for shape in programs)) == [(8, 64), (4, 128)]
     steps = through.of_kind("train")
     assert [r["tokens"] for r in steps] == [512 * i for i in range(1, 7)]
     assert all(np.isfinite(r["loss"]) for r in steps)
@@ -128,29 +132,37 @@ def test_amounts_are_recorded_and_summed_up(through):
 def test_resuming_on_either_side_of_the_boundary_changes_no_bit(data, tmp_path, through, stop):
     train(data, tmp_path / "run", data={"phases": [LONGER]}, train={"steps": stop})
     resumed = train(data, tmp_path / "run", data={"phases": [LONGER]})
-    straight = train(data, tmp_path / "straight", data={"phases": [LONGER]})
     assert f"resumed from step {stop}" in resumed.out
-    assert [r["loss"] for r in resumed.of_kind("train")] == [r["loss"] for r in straight.of_kind("train")]
-    assert resumed.arrays(6) == straight.arrays(6)
+    assert [r["loss"] for r in resumed.of_kind("train")] == [r["loss"] for r in through.of_kind("train")]
+    assert resumed.arrays(6) == through.arrays(6)
 
 
-def test_a_phase_appended_at_a_resume_is_the_phase_that_was_planned(data, tmp_path, programs):
+def test_a_phase_appended_at_a_resume_is_the_phase_that_was_planned(data, tmp_path, through):
     """A run without phases, stopped at step 3 and continued with one, is bit for bit the run that had it from the start."""
     train(data, tmp_path / "run", train={"steps": 3})
     appended = train(data, tmp_path / "run", data={"phases": [LONGER]})
-    planned = train(data, tmp_path / "planned", data={"phases": [LONGER]})
-    assert appended.arrays(6) == planned.arrays(6)
-    assert [r["loss"] for r in appended.of_kind("train")] == [r["loss"] for r in planned.of_kind("train")]
+    assert appended.arrays(6) == through.arrays(6)
+    assert [r["loss"] for r in appended.of_kind("train")] == [r["loss"] for r in through.of_kind("train")]
 
 
-def test_a_source_added_at_a_resume(data, tmp_path, programs):
+def added(data, tmp_path):
+    """A source that comes later, put between the others: the mixture must not depend on where one without weight stands."""
     synthetic.make_test_store(tmp_path / "more", documents=30, seed=7)
     sources = tiny.values(data, data)["data"]["sources"]
-    added = {"name": "more", "path": str(tmp_path / "more"), "weight": 0}
+    more = {"name": "more", "path": str(tmp_path / "more"), "weight": 0}
     phases = [{"from_step": 4, "weights": {"more": 1.0, "media": 0.0}}]
+    return {"sources": [sources[0], more, sources[1]], "phases": phases}
+
+
+def test_a_source_may_be_added_at_a_resume(data, tmp_path, programs):
     train(data, tmp_path / "run", train={"steps": 4})
-    # In the middle: the mixture must not depend on where a source without weight stands.
-    resumed = train(data, tmp_path / "run", data={"sources": [sources[0], added, sources[1]], "phases": phases})
+    assert train(data, tmp_path / "run", train={"steps": 4}, data=added(data, tmp_path)).out.startswith("nothing to do")
+
+
+@pytest.mark.slow  # three sources need programs of their own
+def test_a_source_added_at_a_resume_is_trained_on(data, tmp_path, programs):
+    train(data, tmp_path / "run", train={"steps": 4})
+    resumed = train(data, tmp_path / "run", data=added(data, tmp_path))
     rows = {name: amount["rows"] for name, amount in resumed.summary["data"].items()}
     assert rows == {"text": 16 + 5, "more": 11, "media": 16}
     assert "loss/more" in resumed.of_kind("train")[-1]
@@ -179,8 +191,7 @@ def test_another_past_is_refused_and_named(data, tmp_path, through):
     heavier = [sources[0] | {"weight": 1.5}, sources[1]]
     assert "  steps 0 to 3: shares media 1/2, text 1/2 in the checkpoint, media 1/4, text 3/4 now\n" in refused(sources=heavier)
     packed = [sources[0], sources[1] | {"packing": "one_document"}]
-    assert "'media': " in refused(sources=packed)
-    assert "packing no_split in the checkpoint" in refused(sources=packed)
+    assert "  data source 'media': packing no_split in the checkpoint, one_document now\n" in refused(sources=packed)
     gone = refused(sources=sources[:1], phases=[{k: v for k, v in LONGER.items() if k != "weights"}])
     assert "  data source 'media' was read, but is gone or has no weight in the past now" in gone
     assert "the sources are in the order media, text now; it was text, media" in refused(sources=sources[::-1])
@@ -203,9 +214,10 @@ def damage(monkeypatch, *, every):
 def test_too_many_bad_documents_stop_the_run_with_a_checkpoint(data, tmp_path, programs, monkeypatch, capsys):
     damage(monkeypatch, every=3)
     directory = tmp_path / "run"
-    changes = {"data": {"bad_minimum": 4, "read_threads": 0}, "model": QUICK, "train": {"steps": 6, "eval_every": None}}
-    path = write(data, directory, changes)
-    assert main.main(["train", str(path)]) == 2
+    with pytest.raises(ValueError, match="data source 'text': "):
+        train(data, directory, data={"bad_minimum": 4, "read_threads": 0})
+    capsys.readouterr()
+    assert main.main(["train", str(directory.with_suffix(".yaml"))]) == 2  # it goes on, and stops again
     err = capsys.readouterr().err
     assert "v4train: data source 'text': " in err
     assert "documents (" in err
@@ -213,11 +225,12 @@ def test_too_many_bad_documents_stop_the_run_with_a_checkpoint(data, tmp_path, p
     assert f"{directory / 'quarantine.jsonl'} names the documents" in err
     summary = json.loads((directory / "summary.json").read_text())
     assert (summary["status"], 0 < summary["steps"] < 6) == ("stopped", True)
+    assert summary["steps"] > 3, "a step or two each time"
     assert restore.describe(directory / "checkpoints").step == summary["steps"]
     lines = record.read(directory / "quarantine.jsonl")
     assert {r["source"] for r in lines} == {"text"}
     assert all(r["document"] % 3 == 0 and r["where"].startswith("shard-00000") and r["error"] for r in lines)
-    # The same command goes on, to the same stop or, if that is wanted, to the end.
+    # Or to the end, if that is wanted.
     outcome = train(data, directory, data={"bad_minimum": 4, "max_bad_share": 1.0, "read_threads": 0})
     assert outcome.summary["status"] == "finished"
 
