@@ -1,9 +1,9 @@
 """Parity with the public PyTorch class on whole models: logits, loss, gradients, greedy tokens; then the same on other programs and meshes.
 
-`untied` is compared everywhere. In `mixed` and `yarn` few index heads let whole groups of entries score exactly 0.0 (every ReLU shut), and
-where the k-th and the (k + 1)-th score tie, which entry is attended is a matter of the sort: `torch.topk` takes whichever its partial sort
-leaves first, we take the earlier one. From the first such token of a row on, its logits differ legitimately (`FIRST_TIE`). Up to there they
-must agree, which still covers many pruned queries.
+Here the model runs as it trains: of two entries whose index scores tie it takes the earlier. `untied`, where none tie, is compared
+everywhere. In `mixed` and `yarn` few index heads let whole groups of entries score exactly 0.0 (every ReLU shut); the class takes what
+its sort leaves in front, so from the first such token of a row on, logits differ legitimately (`FIRST_TIE`). Up to there they must agree,
+which still covers many pruned queries. With the class's order at ties, both cases agree everywhere: `tests/interop/test_parity.py`.
 """
 
 import functools
@@ -21,8 +21,8 @@ from v4train.sharding import constrain, mesh, rules
 
 FIRST_TIE = {"mixed": (60, 96), "yarn": (84, 53)}  # per row; the length where there is none
 GREEDY = {
-    # What is stored here continues another prompt: told that 0 is padding and given no mask, `generate` hid the 0 inside the prompt.
-    # These are the reference's tokens with a mask of ones, with and without its cache. (The prompt of `yarn` has zeros too.)
+    # What is stored here continues a prompt in which 0 is hidden as padding (`interop.padded`). These are the reference's tokens with a
+    # mask of ones, with and without its cache. (The prompt of `yarn` has zeros too.)
     "untied": (200, 238, 218, 82, 200, 187, 222, 11, 146, 64, 85, 183, 89, 173, 218, 164, 216, 241, 172, 234, 218, 19, 183, 200),
     "mixed": None,  # as stored
 }

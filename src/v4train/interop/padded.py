@@ -93,4 +93,4 @@ def _selected(index: sparse_attention.Index, seen: Bool[Array, "s n"], *, top_k:
     products = jnp.einsum("sij,nj->sin", index.query[0], index.key[0])
     scores = jnp.einsum("si,sin->sn", index.weight[0], jax.nn.relu(products))
     picked = topk_order.pick(jnp.where(seen, scores, topk_order.INVISIBLE), k=top_k, existing=existing)
-    return seen & (picked[..., None] == jnp.arange(seen.shape[1])).any(axis=1)
+    return seen & (picked[..., None] == jnp.arange(seen.shape[1])[None, None]).any(axis=1)

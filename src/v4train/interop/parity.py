@@ -26,6 +26,8 @@ LOSS = 1e-5
 """Largest difference of the loss, nats."""
 GRADIENT_NORM = 1e-4
 """Largest relative difference of a gradient's norm."""
+NOISE = 3e-5
+"""Part of the whole gradient's norm below which a tensor's is measured against this: of a gate that picks one expert, all is rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +127,11 @@ def measure(checkpoint: score.Checkpoint, *, reference: Reference) -> Parity:
         ours = score.greedy(checkpoint, prompt=prompt, count=len(reference.greedy), pad_token=reference.pad_token)
         same = bool(np.array_equal(ours, reference.greedy))
     whole = math.sqrt(sum(norm**2 for norm in reference.gradient_norms.values()))
-    every = {name: _relative(norms.get(name, 0.0), reference.gradient_norms.get(name, 0.0)) for name in norms | reference.gradient_norms}
-    return Parity(largest, abs(result.loss - reference.loss), _relative(result.grad_norm, whole), every, same)
+    every = {
+        name: _relative(norms.get(name), reference.gradient_norms.get(name), least=NOISE * whole)
+        for name in norms | reference.gradient_norms
+    }
+    return Parity(largest, abs(result.loss - reference.loss), _relative(result.grad_norm, whole, least=0.0), every, same)
 
 
 def gradient_norms(gradients: dict, *, model: config_lib.ModelConfig) -> dict[str, float]:
@@ -141,7 +146,9 @@ def gradient_norms(gradients: dict, *, model: config_lib.ModelConfig) -> dict[st
     return {name: math.sqrt(square) for name, square in squares.items()}
 
 
-def _relative(found: float, expected: float) -> float:
-    if found == expected:
-        return 0.0
-    return abs(found / expected - 1) if expected else math.inf
+def _relative(found: float | None, expected: float | None, *, least: float) -> float:
+    if expected is None:  # the class has no gradient where it computes nothing, as in a compressor without a whole block
+        return math.inf if found else 0.0
+    if found is None:
+        return math.inf
+    return 0.0 if found == expected else abs(found - expected) / max(expected, least)
