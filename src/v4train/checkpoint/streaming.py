@@ -74,16 +74,16 @@ def new_step(directory: pathlib.Path, *, step: int, table: arrays.Table, values:
     temporary = step_directory.temporary_path(directory, step=step)
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / step_directory.ARRAYS).mkdir(parents=True)
-    try:
+    with contextlib.ExitStack() as cleaning:
+        cleaning.callback(shutil.rmtree, temporary, ignore_errors=True)
         writer = Writer(temporary / step_directory.ARRAYS, table=table)
+        cleaning.callback(writer.abandon)
         yield writer
         writer.finish()
         content = {"format": 1, "step": step, "arrays": table, "metadata": values}
         integrity.write_json(temporary / step_directory.METADATA, content)
         integrity.write_manifest(temporary, files=integrity.digest_files(temporary))
         step_directory.publish(directory, step=step)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class Writer:
@@ -139,8 +139,15 @@ class Writer:
 
     def _flush(self) -> None:
         writes, self._writes, self._bytes = self._writes, [], 0
-        for write in writes:
-            _explain(write.result)
+        # All of them, also after an error: a write that is still under way would put files into a directory that is being removed.
+        failures = [failure for write in writes if (failure := write.exception()) is not None]
+        if failures:
+            _explain(lambda: _raise(failures[0]))
+
+    def abandon(self) -> None:
+        """Waits for the writes under way, whatever becomes of them."""
+        with contextlib.suppress(OSError):
+            self._flush()
 
 
 class Reader:
@@ -224,6 +231,10 @@ def _explain(action: Any) -> Any:
             if os.strerror(number) in str(error):
                 raise OSError(number, os.strerror(number)) from None
         raise OSError(errno.EIO, _first_line(error)) from None
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def _first_line(error: Exception) -> str:

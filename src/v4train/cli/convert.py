@@ -106,7 +106,7 @@ def _export(args: argparse.Namespace) -> int:
             rows = exporting.write_weights(
                 reader, temporary, model=recipe.model, precision=precision, shard_bytes=shard_bytes, progress=progress
             )
-        convert_recipe.write(temporary, recipe)
+        (temporary / convert_recipe.OWN).write_text(convert_recipe.text(recipe), encoding="utf-8")
         (temporary / "README.md").write_text(_card(recipe, found, rows, precision), encoding="utf-8")
     for damaged, reason in found.skipped:
         print(f"the checkpoint of step {damaged} is damaged and was not used: {reason}")

@@ -71,9 +71,14 @@ def from_checkpoint(metadata: dict[str, Any], *, subject: str) -> recipe_lib.Rec
         raise ValueError(f"{subject}: its recipe cannot be used by this version of v4train: {error}") from None
 
 
+def text(recipe: recipe_lib.Recipe) -> str:
+    """The content of a recipe.yaml."""
+    return f"# resolved recipe, sha256 {dump.digest(recipe)}\n{dump.yaml_text(recipe)}"
+
+
 def write(directory: pathlib.Path, recipe: recipe_lib.Recipe) -> None:
     """Writes recipe.yaml and recipe.json, as a run does."""
-    (directory / OWN).write_text(f"# resolved recipe, sha256 {dump.digest(recipe)}\n{dump.yaml_text(recipe)}", encoding="utf-8")
+    (directory / OWN).write_text(text(recipe), encoding="utf-8")
     (directory / "recipe.json").write_text(dump.canonical_json(recipe) + "\n", encoding="utf-8")
 
 

@@ -138,6 +138,8 @@ def write_config(
     config = released_config.config_json(model, precision=precision, tokens=tokens)
     generation: dict[str, Any] = {"_from_model_config": True, "do_sample": True, "temperature": 1.0, "top_p": 1.0}
     generation |= {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+    if model.media_tokens:
+        generation["suppress_tokens"] = list(model.media_tokens)  # the head never predicts them here; elsewhere it must be told
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
