@@ -143,6 +143,9 @@ def test_ids_that_cannot_be_are_bad(tmp_path):
     assert str(bad[1]) == "id 272 of token 1 is outside the vocabulary of 272"
     assert str(bad[4]) == "id 259 of token 1 is a media placeholder"
     assert out[:3].tolist() == [1, 2, 3]
+    for i in wrong:  # alone: one kind must not be found because of another
+        with pytest.raises(document.DamagedRecordError, match=r"outside the vocabulary|placeholder"):
+            s.read(i)
     wide = [[np.array([1, 2**32 + 5, 3])], [[4]]]
     s = megatron.MegatronStore(write_pair(tmp_path / "w", wide, code=5), tokenizer=synthetic.TOKENIZER)
     assert list(read_all(s, range(2))[1]) == [0]

@@ -26,9 +26,10 @@ def some_documents(n=12):
     return media_documents + [synthetic.text_document(rng, key=f"t{i}", length=5 + 7 * i) for i in range(n)]
 
 
-def test_documents_come_back_exactly(tmp_path):
+@pytest.mark.parametrize("layout", ["records", "flat"])
+def test_documents_come_back_exactly(tmp_path, layout):
     documents = some_documents()
-    s = write(tmp_path / "s", documents, shard_tokens=300)
+    s = write(tmp_path / "s", documents, shard_tokens=300, layout=layout)
     s.verify()
     assert len(s) == len(documents)
     assert len(s.manifest["shards"]) > 2
@@ -37,6 +38,8 @@ def test_documents_come_back_exactly(tmp_path):
         for name in FIELDS:
             if name == "patches" and not expected.patches.size:
                 assert not got.patches.size
+            elif name == "key" and layout == "flat":
+                assert got.key == ""
             else:
                 np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
         assert s.documents[i]["key"] == store.key_hash(expected.key)
@@ -58,6 +61,16 @@ def test_index_and_manifest_count_what_is_there(tmp_path):
 def test_large_ids_survive_the_byte_planes():
     d = document.Document(key="k", tokens=np.array([0, 255, 256, 65_535, 65_536, 129_279, 2**32 - 1], np.uint32))
     np.testing.assert_array_equal(document.decode(document.encode(d)).tokens, d.tokens)
+
+
+@pytest.mark.parametrize(("vocabulary", "width"), [(2**16, 2), (2**16 + 1, 4)])
+def test_the_flat_layout_takes_two_bytes_a_token_or_four(tmp_path, monkeypatch, vocabulary, width):
+    monkeypatch.setattr(type(synthetic.TOKENIZER), "vocab_size", vocabulary)
+    d = document.Document(key="k", tokens=np.array([0, 255, 256, vocabulary - 1], np.uint32))
+    s = write(tmp_path / "s", [d], layout="flat")
+    assert (tmp_path / "s" / "shard-00000.tokens").stat().st_size == 4 * width
+    assert not (tmp_path / "s" / "shard-00000.media").exists()
+    np.testing.assert_array_equal(s.read(0).tokens, d.tokens)
 
 
 def test_fingerprint_follows_the_content(tmp_path):
