@@ -110,6 +110,15 @@ def test_tokens_are_joined_to_characters():
     assert parts[1].asked == 0.25
 
 
+def test_nothing_is_asked_for_across_a_segment_boundary():
+    """Also where a segment begins in the middle of a row with text that has a weight, as the rest of a split document does."""
+    batch = _empty()
+    stop = _write(batch, 0, 0, list(b"abc"), segment=1, position=0)
+    _write(batch, 0, stop, list(b"xyz"), segment=2, position=50)
+    assert rows.asked(batch)[0, :7].tolist() == [0, 1, 1, 0, 1, 1, 0]
+    assert _describe(batch).targets == 4
+
+
 def test_a_window_is_widened_around_media_and_leaves_the_counts_alone(by_hand):
     batch, _ = by_hand
     whole, part = _describe(batch), _describe(batch, window=(14, 21))
