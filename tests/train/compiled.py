@@ -28,7 +28,7 @@ class Case:
         return self.step(state, self.parts.place(batch))
 
 
-def case(data, **changes) -> Case:
+def case(data, /, **changes) -> Case:
     """Of the recipe with these changes (see `tiny.values`)."""
     parts = build.parts(tiny.recipe(data, **changes))
     r = parts.recipe

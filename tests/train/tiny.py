@@ -18,7 +18,7 @@ def stores(directory: pathlib.Path) -> pathlib.Path:
     return directory
 
 
-def values(data: pathlib.Path, run: pathlib.Path, **changes: Any) -> dict[str, Any]:
+def values(data: pathlib.Path, run: pathlib.Path, /, **changes: Any) -> dict[str, Any]:
     """The recipe as nested dicts; changes as ``train={"steps": 3}``, merged one level deep."""
     attention = {
         "heads": 4,
@@ -71,12 +71,12 @@ def values(data: pathlib.Path, run: pathlib.Path, **changes: Any) -> dict[str, A
     return base
 
 
-def recipe(data: pathlib.Path, **changes: Any) -> recipe_lib.Recipe:
+def recipe(data: pathlib.Path, /, **changes: Any) -> recipe_lib.Recipe:
     """The recipe itself, for tests that train without a run directory."""
     return recipe_lib.Recipe.model_validate(values(data, data / "run", **changes))
 
 
-def write(path: pathlib.Path, data: pathlib.Path, run: pathlib.Path, **changes: Any) -> pathlib.Path:
+def write(path: pathlib.Path, data: pathlib.Path, run: pathlib.Path, /, **changes: Any) -> pathlib.Path:
     """The recipe as a file."""
     path.write_text(yaml.safe_dump(values(data, run, **changes)), encoding="utf-8")
     return path
