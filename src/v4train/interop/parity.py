@@ -108,8 +108,8 @@ def read(directory: str | os.PathLike[str], *, pad_token: int | None = 0) -> Ref
         return Reference(stored["tokens"], stored["logits"], float(stored["loss"]), norms, stored["greedy"], pad_token)
 
 
-def measure(checkpoint: score.Checkpoint, *, reference: Reference) -> Parity:
-    """Scores the reference's tokens and takes the differences."""
+def measure(checkpoint: score.Checkpoint, *, reference: Reference, noise: float = NOISE) -> Parity:
+    """Scores the reference's tokens and takes the differences; ``noise`` as in `NOISE`."""
     expected = reference.logits.reshape(-1, reference.logits.shape[-1])
     place, largest = 0, 0.0
 
@@ -128,7 +128,7 @@ def measure(checkpoint: score.Checkpoint, *, reference: Reference) -> Parity:
         same = bool(np.array_equal(ours, reference.greedy))
     whole = math.sqrt(sum(norm**2 for norm in reference.gradient_norms.values()))
     every = {
-        name: _relative(norms.get(name), reference.gradient_norms.get(name), least=NOISE * whole)
+        name: _relative(norms.get(name), reference.gradient_norms.get(name), least=noise * whole)
         for name in norms | reference.gradient_norms
     }
     return Parity(largest, abs(result.loss - reference.loss), _relative(result.grad_norm, whole, least=0.0), every, same)
