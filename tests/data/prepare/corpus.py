@@ -7,7 +7,6 @@ import pathlib
 import wave
 
 import numpy as np
-import PIL.Image
 
 from v4train.data import document, store
 from v4train.data.prepare import config
@@ -20,11 +19,14 @@ def sentence(rng: np.random.Generator, words: int) -> str:
 
 
 def png(rng: np.random.Generator, *, width: int = 40, height: int = 30, mode: str = "RGB") -> bytes:
+    import PIL.Image
+
     pixels = rng.integers(0, 256, (height, width, len(mode)), np.uint8)
     return encoded(PIL.Image.fromarray(pixels, mode), "PNG")
 
 
-def encoded(image: PIL.Image.Image, kind: str, **options) -> bytes:
+def encoded(image, kind: str, **options) -> bytes:
+    """A PIL image as a file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
