@@ -48,7 +48,9 @@ def test_fine_tuning_goes_on_from_the_imported_model(tmp_path):
     scratch = math.log(tiny.VOCAB)
     assert before[0] == pytest.approx(scratch, abs=0.1)
     assert after[0] == pytest.approx(before[STEPS], abs=1e-4)  # the same model on the same held-out text
-    assert losses(second)[1] == pytest.approx(before[STEPS], abs=0.3)
-    assert losses(second)[1] < scratch - 1.0
+    # The objective of a step has the MTP block's loss in it, so it is compared with the first run's, not with ln V.
+    assert losses(second)[1] == pytest.approx(losses(first)[STEPS], abs=0.4)
+    assert losses(second)[1] < losses(first)[1] - 1.0
+    assert losses(second)[STEPS] < losses(second)[1]
     assert after[STEPS] < after[0] - 0.1
     assert len(losses(second)) == STEPS
