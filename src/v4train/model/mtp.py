@@ -37,7 +37,14 @@ class MultiTokenPrediction(nnx.Module):
         following = jnp.pad(embedded[:, 1:], ((0, 0), (0, 1), (0, 0)))
         goes_on = segments == jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
         following = jnp.where(goes_on[..., None], following, 0)
+        streams, stats = stack.remember(self.block, policy=self.remat)(self.join(streams, following), context)
+        return self.hidden(streams), stats
+
+    def join(self, streams: Float[Array, "b s n d"], following: Float[Array, "b s d"]) -> Float[Array, "b s n d"]:
+        """The block's input, from the streams at t and the embedding of token t + 1."""
         extra = norm.rms_norm(following, self.enorm[...], eps=self.eps) @ self.e_proj[...]
-        streams = norm.rms_norm(streams, self.hnorm[...], eps=self.eps) @ self.h_proj[...] + extra[:, :, None]
-        streams, stats = stack.remember(self.block, policy=self.remat)(streams, context)
-        return norm.rms_norm(self.collapse(streams), self.norm[...], eps=self.eps), stats
+        return norm.rms_norm(streams, self.hnorm[...], eps=self.eps) @ self.h_proj[...] + extra[:, :, None]
+
+    def hidden(self, streams: Float[Array, "b s n d"]) -> Float[Array, "b s d"]:
+        """The block's output streams as normalised hidden states, ready for the head."""
+        return norm.rms_norm(self.collapse(streams), self.norm[...], eps=self.eps)

@@ -56,9 +56,8 @@ class Transformer(nnx.Module):
         """
         context = context or context_lib.make(inputs, config=self.config)
         embedded = constrain.constrain(_gathered(self.embedding)(inputs), "B S D")
-        streams = jnp.broadcast_to(embedded[:, :, None], (*embedded.shape[:2], self.config.hyper.streams, embedded.shape[-1]))
-        streams, stats = self.stack(constrain.constrain(streams, "B S N D"), context)
-        hidden = norm.rms_norm(self.collapse(streams), self.norm[...], eps=self.config.norm_eps)
+        streams, stats = self.stack(constrain.constrain(self.spread(embedded), "B S N D"), context)
+        hidden = self.hidden(streams)
         layers = [layer for run in stats.values() for layer in run.values()]
         loads = {"stack": {name: {place: layer.load for place, layer in run.items()} for name, run in stats.items()}}
         mtp_hidden = None
@@ -73,6 +72,14 @@ class Transformer(nnx.Module):
             indexer_loss=jnp.stack([layer.indexer_loss.sum() for layer in layers]).sum(),
             loads=loads,
         )
+
+    def spread(self, embedded: Float[Array, "b s d"]) -> Float[Array, "b s n d"]:
+        """The residual streams before the first layer: the embedding, once for each."""
+        return jnp.broadcast_to(embedded[:, :, None], (*embedded.shape[:2], self.config.hyper.streams, embedded.shape[-1]))
+
+    def hidden(self, streams: Float[Array, "b s n d"]) -> Float[Array, "b s d"]:
+        """Streams after the last layer as normalised hidden states, ready for the head."""
+        return norm.rms_norm(self.collapse(streams), self.norm[...], eps=self.config.norm_eps)
 
     def _head(self) -> Float[Array, "d v"]:
         return constrain.unshard(self.head[...], self.head.get_metadata()["declaration"].axes)

@@ -168,7 +168,10 @@ def _attend_chunk(
     seen = _visible(chunk, entries)
     scores, picked = None, None
     if selection is not None:
-        scores = _index_scores(chunk, index_key)
+        assert index_key is not None, "a selection needs an index"
+        assert chunk.index_query is not None
+        assert chunk.index_weight is not None
+        scores = index_scores(chunk.index_query, chunk.index_weight, index_key)
         if selection.top_k is not None:
             scores, picked = _select(scores, seen, selection.top_k)
             seen = jnp.take_along_axis(seen, picked, axis=-1, mode="promise_in_bounds")
@@ -202,12 +205,10 @@ def _visible(chunk: _Chunk, entries: Entries) -> Array:
     )
 
 
-def _index_scores(chunk: _Chunk, index_key: Array | None) -> Array:
-    """[B, C, N] fp32. The ReLU comes before the weights: without it half of the selection changes."""
-    assert index_key is not None, "a selection needs an index"
-    assert chunk.index_weight is not None
-    products = jnp.einsum("bcij,bnj->bcin", chunk.index_query, index_key, preferred_element_type=jnp.float32)
-    return jnp.einsum("bci,bcin->bcn", chunk.index_weight.astype(jnp.float32), jax.nn.relu(products))
+def index_scores(query: Float[Array, "b c i j"], weight: Float[Array, "b c i"], key: Float[Array, "b n j"]) -> Float[Array, "b c n"]:
+    """fp32 scores of entries. The ReLU comes before the weights: without it half of the selection changes."""
+    products = jnp.einsum("bcij,bnj->bcin", query, key, preferred_element_type=jnp.float32)
+    return jnp.einsum("bci,bcin->bcn", weight.astype(jnp.float32), jax.nn.relu(products))
 
 
 def _select(scores: Array, seen: Array, top_k: int) -> tuple[Array, Array]:

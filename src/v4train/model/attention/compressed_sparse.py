@@ -5,8 +5,9 @@ selection has no derivative, so it learns from its KL loss alone, and the KL los
 """
 
 import jax
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from v4train.core import param
 from v4train.model import config as config_lib
@@ -29,13 +30,18 @@ class Indexer(nnx.Module):
         self, x: Float[Array, "b s d"], latent: Float[Array, "b s r"], context: context_lib.Context, *, blocks: compress.Blocks, freqs
     ) -> sparse_attention.Index:
         """Queries, weights and keys from detached inputs."""
-        x, latent, kind = jax.lax.stop_gradient(x), jax.lax.stop_gradient(latent), self.kind
+        x, latent = jax.lax.stop_gradient(x), jax.lax.stop_gradient(latent)
+        query, weight = self.queries(x, latent, context.inputs.positions, freqs=freqs)
+        return sparse_attention.Index(query, weight, key=self.compressor(x, blocks, freqs=freqs))
+
+    def queries(
+        self, x: Float[Array, "b s d"], latent: Float[Array, "b s r"], positions: Int[Array, "b s"], *, freqs: np.ndarray
+    ) -> tuple[Float[Array, "b s i j"], Float[Array, "b s i"]]:
+        """Rotated index queries, and the weights of the index heads."""
+        kind = self.kind
         query = (latent @ self.wq_b[...]).reshape(*x.shape[:2], kind.index_heads, kind.index_head_dim)
-        return sparse_attention.Index(
-            query=rope.rotate(query, context.inputs.positions, freqs=freqs),
-            weight=(x @ self.weights_proj[...]) * (kind.index_head_dim * kind.index_heads) ** -0.5,
-            key=self.compressor(x, blocks, freqs=freqs),
-        )
+        weight = (x @ self.weights_proj[...]) * (kind.index_head_dim * kind.index_heads) ** -0.5
+        return rope.rotate(query, positions, freqs=freqs), weight
 
 
 class CompressedSparseAttention(nnx.Module):

@@ -22,6 +22,15 @@ class Compressor(nnx.Module):
         self.norm = param.scale(width, "K")
 
     def __call__(self, x: Float[Array, "b s d"], blocks: compress.Blocks, *, freqs: np.ndarray) -> Float[Array, "b n k"]:
-        values, gates = x @ self.wkv[...], jnp.einsum("bsd,dk->bsk", x, self.wgate[...], preferred_element_type=jnp.float32)
+        return self.entries(*self.project(x), blocks, freqs=freqs)
+
+    def project(self, x: Float[Array, "b s d"]) -> tuple[Float[Array, "b s w"], Float[Array, "b s w"]]:
+        """What each token contributes to its entry, and the fp32 logits of its weight."""
+        return x @ self.wkv[...], jnp.einsum("bsd,dk->bsk", x, self.wgate[...], preferred_element_type=jnp.float32)
+
+    def entries(
+        self, values: Float[Array, "b s w"], gates: Float[Array, "b s w"], blocks: compress.Blocks, *, freqs: np.ndarray
+    ) -> Float[Array, "b n k"]:
+        """The entries of blocks of projected tokens."""
         pooled = compress.pool(values, gates, self.ape[...], blocks, overlap=self.overlap)
         return rope.rotate(norm.rms_norm(pooled, self.norm[...], eps=self.eps), blocks.position, freqs=freqs)

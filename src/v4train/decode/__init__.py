@@ -1,0 +1,1 @@
+"""Inference: caches of compressed attention, prefill in chunks, and step-wise decoding."""

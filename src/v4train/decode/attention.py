@@ -1,0 +1,263 @@
+"""Attention of new tokens to a cache: one softmax over window, entries and a sink, as `ops.sparse_attention` computes it for whole rows.
+
+The work is cut into *items*: a few queries of one sequence (a chunk of a prompt's tokens, or the one token of a step), with the raw keys
+that their windows
+cover. An item's far part is one of two:
+
+- **selected** (CSA): index scores of the keys that exist, the best `top_k` of them, and then only these rows of the main pool are
+  gathered and
+  read back from their format. Nothing else of it is touched;
+- **dense** (HCA, CSA without an indexer, and CSA when speed is compared): all entries that exist, block after block, with a running
+  softmax.
+
+Both walk over the pages that the sequence *has*, in loops whose number of turns is data, so that a step costs what the sequence's length
+asks for and
+nothing for the length it might reach. Scores of an item are collected in blocks and merged with the best so far: they never exist for all
+entries at
+once. A tie goes to the earlier entry, as in training: the merge puts earlier entries first, and the sort is stable.
+
+Items run one after the other (`jax.lax.map`) where a platform computes one thing at a time, because each then takes only its own turns;
+on an accelerator they run together
+(`jax.vmap`), and all take as many as the longest.
+
+The rejected alternative for long sequences, scores for `max_length` entries under a mask, is one product and one sort, and makes a step
+of a short sequence as slow as one of the longest.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from v4train.decode import formats
+from v4train.ops import select, sparse_attention
+
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+_SCAN_PRODUCTS = 2**18  # of index queries with index keys at a time
+_MERGE_ENTRIES = 8192  # scores collected before they are merged with the best so far
+_DENSE_PRODUCTS = 2**18  # of queries with entries at a time
+
+
+class Pool(NamedTuple):
+    """Entries or index keys of one layer: the stacked arrays, the layer's place in them, and how they are stored."""
+
+    stored: formats.Stored  # [l, pages, entries of a page, ...]
+    layer: Int[Array, ""]
+    as_format: formats.Format
+    ratio: int
+
+    @property
+    def per_page(self) -> int:
+        return next(iter(self.stored.values())).shape[2]
+
+
+class Index(NamedTuple):
+    """What scores entries, and how many are selected."""
+
+    query: Float[Array, "b t i j"]
+    weight: Float[Array, "b t i"]
+    keys: Pool
+    top_k: int
+
+
+class Item(NamedTuple):
+    """A few queries of one sequence."""
+
+    query: Float[Array, "c h k"]
+    positions: Int[Array, "c"]
+    real: Bool[Array, "c"]
+    keys: Float[Array, "w+c k"]  # raw keys: of the window before the first query, then of the queries
+    pages: Int[Array, "p"]
+    index_query: Float[Array, "c i j"] | None
+    index_weight: Float[Array, "c i"] | None
+
+
+class _Softmax(NamedTuple):
+    """A softmax in progress: the highest logit, the mass and the mixture, both relative to it."""
+
+    top: Float[Array, "c h"]
+    mass: Float[Array, "c h"]
+    mixed: Float[Array, "c h k"]
+
+
+def attend(
+    query: Float[Array, "b t h k"],
+    keys: Float[Array, "b w+t k"],
+    sink: Float[Array, "h"],
+    *,
+    positions: Int[Array, "b t"],
+    real: Bool[Array, "b t"],
+    pages: Int[Array, "b p"],
+    chunk: int,
+    entries: Pool | None = None,
+    index: Index | None = None,
+) -> Float[Array, "b t h k"]:
+    """Attention output of new tokens, fp32 inside, in the query's dtype.
+
+    Args:
+        query: rotated queries.
+        keys: rotated raw keys: the ``w`` tokens before the first query, then one for each query. What lies before the sequence's first
+            position is ignored.
+        sink: logit of each head.
+        positions: of the queries, consecutive in each row.
+        real: which queries count; the others' results are finite and meaningless.
+        pages: page table of each row.
+        chunk: queries of an item.
+        entries: compressed entries, those that the queries' own tokens complete included; None for a window layer.
+        index: selects entries; None attends all.
+    """
+    batch, length = positions.shape
+    chunk = min(chunk, length)
+    window = keys.shape[1] - length
+    parts = -(-length // chunk)
+
+    def split(x: Array) -> Array:
+        padded = jnp.pad(x, ((0, 0), (0, parts * chunk - length), *((0, 0),) * (x.ndim - 2)))
+        return padded.reshape(batch * parts, chunk, *x.shape[2:])
+
+    padded = jnp.pad(keys, ((0, 0), (0, parts * chunk - length), (0, 0)))
+    covered = jnp.stack([padded[:, i * chunk : i * chunk + window + chunk] for i in range(parts)], axis=1)
+    items = Item(
+        query=split(query),
+        positions=split(positions),
+        real=split(real),
+        keys=covered.reshape(batch * parts, *covered.shape[2:]),
+        pages=jnp.repeat(pages, parts, axis=0),
+        index_query=None if index is None else split(index.query),
+        index_weight=None if index is None else split(index.weight),
+    )
+    run = functools.partial(_attend_item, sink=sink, entries=entries, index=index)
+    out = _each(run, items)
+    return out.reshape(batch, parts * chunk, *query.shape[2:])[:, :length]
+
+
+def _each(run: Callable[[Item], Array], items: Item) -> Array:
+    if items.query.shape[0] == 1:
+        return run(jax.tree.map(lambda x: x[0], items))[None]
+    return jax.lax.map(run, items) if jax.default_backend() == "cpu" else jax.vmap(run)(items)
+
+
+def _attend_item(item: Item, *, sink: Array, entries: Pool | None, index: Index | None) -> Float[Array, "c h k"]:
+    query = item.query * (item.query.shape[-1] ** -0.5)
+    state = _window(query, item, sink)
+    if entries is not None:
+        visible = jnp.where(item.real, (item.positions + 1) // entries.ratio, 0)
+        if index is None:
+            state = _dense(state, query, item, entries, visible)
+        else:
+            scores, places = select_entries(item, index, visible)
+            values = entries.as_format.decode(rows(entries, item.pages, places), dtype=query.dtype)
+            state = _absorb(state, query, values, scores > _LOWEST, "cnk")
+    return (state.mixed / state.mass[..., None]).astype(item.query.dtype)
+
+
+def _window(query: Array, item: Item, sink: Array) -> _Softmax:
+    size, covered = query.shape[0], item.keys.shape[0]
+    window = covered - size
+    age = window + jnp.arange(size)[:, None] - jnp.arange(covered)[None]  # a query's position less a key's
+    near = (age >= 0) & (age < window) & (age <= item.positions[:, None])
+    raw = jnp.einsum("chk,wk->chw", query, item.keys, preferred_element_type=jnp.float32)
+    raw = jnp.where(near[:, None], raw, -jnp.inf)
+    top = jnp.maximum(raw.max(axis=-1), sink[None])
+    shares = jnp.exp(raw - top[..., None])
+    mixed = jnp.einsum("chw,wk->chk", shares.astype(item.keys.dtype), item.keys, preferred_element_type=jnp.float32)
+    return _Softmax(top, shares.sum(axis=-1) + jnp.exp(sink[None] - top), mixed)
+
+
+def _absorb(state: _Softmax, query: Array, values: Array, seen: Bool[Array, "c n"], each: str) -> _Softmax:
+    """Takes more entries into the softmax. ``each`` is ``nk`` or, if every query has its own, ``cnk``."""
+    raw = jnp.einsum(f"chk,{each}->chn", query, values, preferred_element_type=jnp.float32)
+    raw = jnp.where(seen[:, None], raw, -jnp.inf)
+    top = jnp.maximum(state.top, raw.max(axis=-1))
+    shares, kept = jnp.exp(raw - top[..., None]), jnp.exp(state.top - top)
+    mixed = jnp.einsum(f"chn,{each}->chk", shares.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return _Softmax(top, state.mass * kept + shares.sum(axis=-1), state.mixed * kept[..., None] + mixed)
+
+
+def _dense(state: _Softmax, query: Array, item: Item, entries: Pool, visible: Int[Array, "c"]) -> _Softmax:
+    walk = _Walk.of(entries, item.pages, products=query.shape[0] * query.shape[1], budget=_DENSE_PRODUCTS)
+
+    def block(i: Array, state: _Softmax) -> _Softmax:
+        seen = walk.numbers(i)[None] < visible[:, None]
+        return _absorb(state, query, walk.read(i, dtype=query.dtype), seen, "nk")
+
+    return jax.lax.fori_loop(0, walk.turns(visible.max()), block, state)
+
+
+def select_entries(item: Item, index: Index, visible: Int[Array, "c"]) -> tuple[Float[Array, "c k"], Int[Array, "c k"]]:
+    """Scores and numbers of each query's best visible entries, best first; where there are fewer than k, the lowest score fills up."""
+    query, weight = item.index_query, item.index_weight
+    assert query is not None
+    assert weight is not None
+    if select.implementation("top_k") != "earliest":
+        raise ValueError("decoding selects the earlier of equal entries (top_k 'earliest'); there is no other implementation for pages")
+    queries, heads = query.shape[:2]
+    walk = _Walk.of(index.keys, item.pages, products=queries * heads, budget=_SCAN_PRODUCTS)
+    together = max(1, min(_MERGE_ENTRIES, walk.most) // walk.block)
+    turns = walk.turns(visible.max())
+    top_k = min(index.top_k, walk.most)
+
+    def merge(j: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        def score(i: Array, scores: Array) -> Array:
+            number = j * together + i
+            keys = walk.read(number, dtype=query.dtype)
+            one = sparse_attention.index_scores(query[None], weight[None], keys[None])[0]
+            one = jnp.where(walk.numbers(number)[None] < visible[:, None], one, _LOWEST)
+            return jax.lax.dynamic_update_slice_in_dim(scores, one, i * walk.block, 1, allow_negative_indices=False)
+
+        none = jnp.full((queries, together * walk.block), _LOWEST, jnp.float32)
+        scores = jax.lax.fori_loop(0, jnp.minimum(together, turns - j * together), score, none)
+        numbers = jnp.broadcast_to(j * none.shape[1] + jnp.arange(none.shape[1], dtype=jnp.int32)[None], none.shape)
+        scores, numbers = jnp.concatenate([best[0], scores], axis=1), jnp.concatenate([best[1], numbers], axis=1)
+        highest, places = jax.lax.top_k(scores, top_k)
+        return highest, jnp.take_along_axis(numbers, places, axis=1, mode="promise_in_bounds")
+
+    nothing = jnp.full((queries, top_k), _LOWEST, jnp.float32), jnp.zeros((queries, top_k), jnp.int32)
+    return jax.lax.fori_loop(0, (turns + together - 1) // together, merge, nothing)
+
+
+def rows(pool: Pool, pages: Int[Array, "p"], numbers: Int[Array, "c k"]) -> formats.Stored:
+    """The stored entries of a sequence by their numbers, from wherever their pages lie."""
+    page = jnp.maximum(pages.at[numbers // pool.per_page].get(mode="promise_in_bounds"), 0)
+    return {name: array.at[pool.layer, page, numbers % pool.per_page].get(mode="promise_in_bounds") for name, array in pool.stored.items()}
+
+
+class _Walk(NamedTuple):
+    """A sequence's entries in blocks of whole pages."""
+
+    pool: Pool
+    pages: Int[Array, "p"]  # padded to whole blocks
+    pages_of_block: int
+
+    @classmethod
+    def of(cls, pool: Pool, pages: Array, *, products: int, budget: int) -> "_Walk":
+        wanted = max(1, budget // (products * pool.per_page))
+        size = min(wanted, pages.shape[0])
+        return cls(pool, jnp.pad(pages, (0, -pages.shape[0] % size)), size)
+
+    @property
+    def block(self) -> int:
+        """Entries of a block."""
+        return self.pages_of_block * self.pool.per_page
+
+    @property
+    def most(self) -> int:
+        """Entries of the longest sequence, in whole blocks."""
+        return self.pages.shape[0] * self.pool.per_page
+
+    def turns(self, visible: Array) -> Array:
+        """Blocks that hold so many entries."""
+        return (visible + self.block - 1) // self.block
+
+    def numbers(self, i: Array) -> Int[Array, "n"]:
+        return i * self.block + jnp.arange(self.block, dtype=jnp.int32)
+
+    def read(self, i: Array, *, dtype: jnp.dtype) -> Float[Array, "n k"]:
+        pages = jax.lax.dynamic_slice_in_dim(self.pages, i * self.pages_of_block, self.pages_of_block, allow_negative_indices=False)
+        pool, pages = self.pool, jnp.maximum(pages, 0)
+        stored = {name: array.at[pool.layer, pages].get(mode="promise_in_bounds") for name, array in pool.stored.items()}
+        flat = {name: x.reshape(self.block, x.shape[-1]) for name, x in stored.items()}
+        return pool.as_format.decode(flat, dtype=dtype)
