@@ -27,7 +27,6 @@ from v4train.model import config as config_lib
 RECIPE = "configs/v4_flash.yaml"
 """Whose tensors are measured, unless another one is named; relative to the working directory."""
 LAYERS = ("window", "csa", "hca")
-_SHARD_BYTES = 2_000_000_000
 
 
 def measure(path: str, *, gigabytes: float, directory: str | None = None, quantised_too: bool = True) -> dict[str, Any]:
@@ -108,7 +107,7 @@ def make(directory: pathlib.Path, *, model: config_lib.ModelConfig) -> int:
     with tensor_files.complete_directory(directory) as temporary:
         exporting.write_config(temporary, model=model, precision="bf16", tokens=None)
         for tensors, stem in zip(exporting.plan(model, precision="bf16"), (tensor_files.STEM, names.EXTRAS_STEM), strict=True):
-            writer = tensor_files.TensorFilesWriter(temporary, tensors=tensors, shard_bytes=_SHARD_BYTES, stem=stem)
+            writer = tensor_files.TensorFilesWriter(temporary, tensors=tensors, stem=stem)
             for name, (dtype, shape) in tensors.items():
                 writer.write(name, _random(rng, dtype, shape, experts=model.moe.experts))
             total += writer.nbytes
