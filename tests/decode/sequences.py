@@ -2,9 +2,9 @@
 
 import functools
 
-import jax
 import numpy as np
 
+from tests.model import small
 from v4train.core import param
 from v4train.decode import cache as cache_lib
 from v4train.decode import config as config_lib
@@ -13,7 +13,6 @@ from v4train.decode import prompt as prompt_lib
 from v4train.model import config as model_config
 from v4train.model import transformer
 from v4train.numerics import config as numerics_config
-from tests.model import small
 
 EXACT = numerics_config.NumericsConfig(compute="float32")
 

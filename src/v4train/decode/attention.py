@@ -69,7 +69,7 @@ class Item(NamedTuple):
     query: Float[Array, "c h k"]
     positions: Int[Array, "c"]
     real: Bool[Array, "c"]
-    keys: Float[Array, "w+c k"]  # raw keys: of the window before the first query, then of the queries
+    keys: Float[Array, "w+c k"]  # raw keys: of the tokens before the first query that its window covers, then of the queries
     pages: Int[Array, "p"]
     index_query: Float[Array, "c i j"] | None
     index_weight: Float[Array, "c i"] | None
@@ -99,7 +99,8 @@ def attend(
 
     Args:
         query: rotated queries.
-        keys: rotated raw keys: the ``w`` tokens before the first query, then one for each query. What lies before the sequence's first
+        keys: rotated raw keys: the ``w`` (the window less 1) tokens before the first query, then one for each query. What lies before the
+            sequence's first
             position is ignored.
         sink: logit of each head.
         positions: of the queries, consecutive in each row.
@@ -111,7 +112,7 @@ def attend(
     """
     batch, length = positions.shape
     chunk = min(chunk, length)
-    window = keys.shape[1] - length
+    halo = keys.shape[1] - length
     parts = -(-length // chunk)
 
     def split(x: Array) -> Array:
@@ -119,7 +120,7 @@ def attend(
         return padded.reshape(batch * parts, chunk, *x.shape[2:])
 
     padded = jnp.pad(keys, ((0, 0), (0, parts * chunk - length), (0, 0)))
-    covered = jnp.stack([padded[:, i * chunk : i * chunk + window + chunk] for i in range(parts)], axis=1)
+    covered = jnp.stack([padded[:, i * chunk : i * chunk + halo + chunk] for i in range(parts)], axis=1)
     items = Item(
         query=split(query),
         positions=split(positions),
@@ -156,9 +157,9 @@ def _attend_item(item: Item, *, sink: Array, entries: Pool | None, index: Index 
 
 def _window(query: Array, item: Item, sink: Array) -> _Softmax:
     size, covered = query.shape[0], item.keys.shape[0]
-    window = covered - size
-    age = window + jnp.arange(size)[:, None] - jnp.arange(covered)[None]  # a query's position less a key's
-    near = (age >= 0) & (age < window) & (age <= item.positions[:, None])
+    halo = covered - size
+    age = halo + jnp.arange(size)[:, None] - jnp.arange(covered)[None]  # a query's position less a key's
+    near = (age >= 0) & (age <= halo) & (age <= item.positions[:, None])
     raw = jnp.einsum("chk,wk->chw", query, item.keys, preferred_element_type=jnp.float32)
     raw = jnp.where(near[:, None], raw, -jnp.inf)
     top = jnp.maximum(raw.max(axis=-1), sink[None])

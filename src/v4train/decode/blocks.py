@@ -47,31 +47,25 @@ def pool(
     meaningless."""
     done = of_span(at, ratio=ratio)
     new = cache_lib.Tail(*compressor.project(x))
-    single = x.shape[1] == 1
-    if not single:
-        before = cache_lib.Tail(*(rings.read(ring, at, layer=layer) for ring in tail))
-        tail, before = jax.lax.optimization_barrier((tail, before))
+    back = ratio * (1 + compressor.overlap) - 1
+    fits = back + x.shape[1] <= tail.values.shape[2]
+    before = at.start[:, None] + jnp.arange(-back, 0, dtype=jnp.int32)[None]
+    # A ring that has room for all is read after it is written, where a block is complete; another one has to be read before.
+    held = None if fits else [rings.read(ring, at, before, layer=layer) for ring in tail]
     tail = cache_lib.Tail(*(rings.write(ring, each, at, layer=layer) for ring, each in zip(tail, new, strict=True)))
 
     def entries() -> Array:
-        # After a single token the ring still holds all that a block needs; several may have overwritten the first ones.
-        held = cache_lib.Tail(*(rings.read(ring, at, layer=layer) for ring in tail)) if single else before
-        first = (done.number[:, :1] - compressor.overlap) * ratio
-        length = (done.number.shape[1] + compressor.overlap) * ratio
-        positions = first + jnp.arange(length, dtype=jnp.int32)[None]
-        values, gates = (_row(old, each, positions, at) for old, each in zip(held, new, strict=True))
+        old = [rings.read(ring, at, before, layer=layer) for ring in tail] if held is None else held
+        first = (done.number[:, 0] - compressor.overlap) * ratio
+        places = (first - at.start + back)[:, None] + jnp.arange((done.number.shape[1] + compressor.overlap) * ratio, dtype=jnp.int32)[None]
+        places = jnp.clip(places, 0, back + x.shape[1] - 1)  # blocks that are not there, or not complete
+        row = (jnp.concatenate([each, now.astype(each.dtype)], axis=1) for each, now in zip(old, new, strict=True))
+        values, gates = (jnp.take_along_axis(each, places[..., None], axis=1, mode="promise_in_bounds") for each in row)
         blocks = _blocks(done, ratio=ratio, overlap=compressor.overlap)
         return compressor.entries(values.astype(new.values.dtype), gates, blocks, freqs=freqs)
 
     shape = jax.eval_shape(entries)
     return jax.lax.cond(done.complete.any(), entries, lambda: jnp.zeros(shape.shape, shape.dtype)), tail
-
-
-def _row(old: Float[Array, "b r w"], new: Float[Array, "b t w"], positions: Int[Array, "b s"], at: rings.Span) -> Float[Array, "b s w"]:
-    """The tokens at these positions: old ones from the ring, new ones from the call."""
-    size, here = old.shape[1], positions - at.start[:, None]
-    places = jnp.where(here < 0, positions % size, size + jnp.minimum(here, new.shape[1] - 1))
-    return jnp.take_along_axis(jnp.concatenate([old, new.astype(old.dtype)], axis=1), places[..., None], axis=1, mode="promise_in_bounds")
 
 
 def _blocks(done: Done, *, ratio: int, overlap: bool) -> compress.Blocks:

@@ -2,28 +2,28 @@
 
 Of a sequence of n tokens a layer keeps
 
-- **window**: the last raw keys (= values), rotated, in the compute dtype: a ring, the key of position p at ``p mod window``;
+- **window**: the last raw keys (= values), rotated, in the compute dtype: a ring, the key of position p at ``p mod ring``;
 - **tail**: for the compressors, values and gate logits (fp32) of the tokens that no complete block holds yet, and with overlap those of the
-  block before: a ring too, of m or 2 m tokens. A ring of whole blocks needs no shifting, and when its last token comes, a block lies in
-  it in order;
+  block before: a ring too, of m or 2 m tokens, so that nothing is ever shifted;
 - **entries** and, in CSA layers, **index keys**: one for each complete block, in a pool of pages that all sequences share. A page holds
-  the entries of
-  256 tokens: 64 of a CSA layer, 2 of an HCA layer. Every layer has such a pool, and page number 7 is the place of the same 256
-  tokens in all of them, so that one table per sequence serves all layers, and a page is what is moved, shared and counted.
+  the entries of 256 tokens: 64 of a CSA layer, 2 of an HCA layer. Every layer has such a pool, and page number 7 is the place of the
+  same 256 tokens in all of them: one table per sequence serves all layers, and a page is what is moved, shared and counted.
 
 The first two do not grow with n. So memory is a fixed number of bytes for each slot and a number of bytes for each token (`Sizes`);
-quoting the second
-as a quotient of the whole would hide the first.
+a quotient of all bytes and all tokens would hide the first.
 
 Layers that are scanned have their arrays stacked along a leading axis, as their parameters have. A layer reads and writes the stacked
 arrays at its own place; a scan that took the layers apart and stacked them again would copy the pool on every step.
 
-What lies in a ring or in a pool beyond the length of its sequence is never read, so a sequence is taken back by setting its length back (by
-less than the smallest ring: that many tokens have been overwritten), and a slot is emptied by setting its length to 0.
+What lies in a ring or in a pool beyond the length of its sequence is never read. So a slot is emptied by setting its length to 0, and a
+sequence
+is taken back by setting its length back: by at most the tokens of a step (one, two with speculation), since those before have been
+overwritten.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -177,13 +177,14 @@ class Layout:
 
     def _layer(self, name: str, repeat: int, slots: int, pages: int) -> LayerCache:
         a, kind = self.model.attention, self.model.kind(name)
-        window = _shape((repeat, slots, a.window, a.head_dim), self.dtype)
+        more = int(self.config.speculate)  # a step may then bring two tokens, see `rings.through`
+        window = _shape((repeat, slots, a.window + more, a.head_dim), self.dtype)
         if isinstance(kind, model_config.WindowConfig):
             return LayerCache(window)
         overlap = isinstance(kind, model_config.CompressedSparseConfig)
 
         def tail(width: int) -> Tail:
-            one = _shape((repeat, slots, kind.ratio * (1 + overlap), width * (1 + overlap)), jnp.float32)
+            one = _shape((repeat, slots, kind.ratio * (1 + overlap) + more, width * (1 + overlap)), jnp.float32)
             return Tail(one, one)
 
         lead = (repeat, pages, self.entries_per_page(kind.ratio))
@@ -203,6 +204,48 @@ class Layout:
     @functools.cached_property
     def _slot_of_two_pages(self) -> int:
         return total_bytes(self._structure(1, 1))
+
+
+def alone(cache: Cache, slot: Int[Array, ""]) -> Cache:
+    """One sequence as a cache of one slot, with copies of its rings; the pools are the same arrays."""
+
+    def own(x: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=1)
+
+    return _map_rings(cache, own)._replace(
+        lengths=jax.lax.dynamic_slice_in_dim(cache.lengths, slot, 1),
+        page_table=jax.lax.dynamic_slice_in_dim(cache.page_table, slot, 1),
+        pending=jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), cache.pending),
+    )
+
+
+def rejoin(cache: Cache, one: Cache, slot: Int[Array, ""]) -> Cache:
+    """The cache with the sequence of ``one`` (see `alone`) in ``slot``; pools are those of ``one``, the page table stays."""
+
+    def put(x: Array, own: Array, axis: int) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, own.astype(x.dtype), slot, axis)
+
+    def layer(whole: LayerCache, own: LayerCache) -> LayerCache:
+        rings = jax.tree.map(lambda x, o: put(x, o, 1), _rings(whole), _rings(own))
+        return own._replace(window=rings[0], tail=rings[1], index_tail=rings[2])
+
+    layers = {run: {place: layer(cache.layers[run][place], own) for place, own in places.items()} for run, places in one.layers.items()}
+    mtp = None if cache.mtp is None or one.mtp is None else layer(cache.mtp, one.mtp)
+    pending = jax.tree.map(lambda x, o: put(x, o, 0), cache.pending, one.pending)
+    return Cache(put(cache.lengths, one.lengths, 0), cache.page_table, layers, mtp, pending)
+
+
+def _rings(layer: LayerCache) -> tuple:
+    return layer.window, layer.tail, layer.index_tail
+
+
+def _map_rings(cache: Cache, change: Callable[[Array], Array]) -> Cache:
+    def layer(x: LayerCache) -> LayerCache:
+        window, tail, index_tail = (jax.tree.map(change, ring) for ring in _rings(x))
+        return x._replace(window=window, tail=tail, index_tail=index_tail)
+
+    layers = {run: {place: layer(x) for place, x in places.items()} for run, places in cache.layers.items()}
+    return cache._replace(layers=layers, mtp=None if cache.mtp is None else layer(cache.mtp))
 
 
 def _shape(sizes: tuple[int, ...], dtype: Any) -> Any:

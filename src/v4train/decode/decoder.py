@@ -152,8 +152,9 @@ class Decoder:
     def _traced_prefill(
         self, params: dict, cache: cache_lib.Cache, inputs: context_lib.Inputs, slot: Array, start: Array, count: Array, *, every: bool
     ) -> Decoded:
-        pages = jax.lax.dynamic_slice_in_dim(cache.page_table, slot, 1)
-        at = rings.span(slots=slot[None], start=start[None], count=count[None], pages=pages, length=inputs.tokens.shape[1])
+        whole, cache = cache, cache_lib.alone(cache, slot)
+        first = jnp.zeros((1,), jnp.int32)
+        at = rings.span(slots=first, start=start[None], count=count[None], pages=cache.page_table, length=inputs.tokens.shape[1])
         bound = param.bind(self._abstract, params)
         inputs = inputs._replace(positions=at.positions, segment_ids=at.real.astype(jnp.int32))
         embedded = bound.embedding(inputs)
@@ -162,7 +163,7 @@ class Decoder:
             cache = self._follow(params, cache, streams, embedded, inputs, at)
         shown = streams if every else _last(streams, at)
         logits = bound.logits(bound.hidden(shown))
-        cache = _advance(cache, streams, inputs, at)
+        cache = cache_lib.rejoin(whole, _advance(cache, streams, inputs, at), slot)
         return Decoded(cache, logits[0], shown[0]) if every else Decoded(cache, logits[0, 0], shown[0, 0])
 
     def _follow(

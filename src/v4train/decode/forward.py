@@ -121,7 +121,7 @@ class Forward:
         p: projections.Projections = module.projections
         freqs = projections.frequencies(a, compressed=not isinstance(module, window.WindowAttention))
         latent = p.latent(x)
-        keys, ring = rings.extend(cache.window, p.keys(x, at.positions, freqs=freqs), at, layer=layer)
+        keys, ring = rings.through(cache.window, p.keys(x, at.positions, freqs=freqs), at, layer=layer, back=a.window - 1)
         cache = cache._replace(window=ring)
         entries, index = None, None
         if not isinstance(module, window.WindowAttention):

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -41,18 +40,24 @@ def write(ring: Float[Array, "l slots r w"], new: Float[Array, "b t w"], at: Spa
     return ring.at[layer, at.slots[:, None], places].set(new.astype(ring.dtype), mode="drop")
 
 
-def read(ring: Float[Array, "l slots r w"], at: Span, *, layer: Array) -> Float[Array, "b r w"]:
-    """Each row's ring as it lies."""
-    return ring.at[layer, at.slots].get(mode="promise_in_bounds")
+def read(ring: Float[Array, "l slots r w"], at: Span, positions: Int[Array, "b n"], *, layer: Array) -> Float[Array, "b n w"]:
+    """What lies at the places of these positions."""
+    return ring.at[layer, at.slots[:, None], positions % ring.shape[2]].get(mode="promise_in_bounds")
 
 
-def extend(
-    ring: Float[Array, "l slots r w"], new: Float[Array, "b t w"], at: Span, *, layer: Array
-) -> tuple[Float[Array, "b r+t w"], Array]:
-    """The ring's tokens in order of position, ``start - r`` to ``start - 1``, followed by the new ones; and the ring with these in it."""
-    size = ring.shape[2]
-    places = (at.start[:, None] + jnp.arange(size, dtype=jnp.int32)[None]) % size
-    before = ring.at[layer, at.slots[:, None], places].get(mode="promise_in_bounds")
-    # What is read here is overwritten below. Unless the write waits for it, the compiler copies the whole stacked ring.
-    ring, before = jax.lax.optimization_barrier((ring, before))
+def through(
+    ring: Float[Array, "l slots r w"], new: Float[Array, "b t w"], at: Span, *, layer: Array, back: int
+) -> tuple[Float[Array, "b back+t w"], Array]:
+    """The tokens from ``start - back`` on, the new ones included, in the new ones' dtype; and the ring with the new ones in it.
+
+    A ring with room for ``back`` tokens and the new ones is written first and then read: it is updated where it is. Into a smaller one
+    the new tokens
+    go over what has yet to be read, for which the compiler copies the ring: for prompts, whose rings are taken out of the cache first.
+    """
+    length = new.shape[1]
+    positions = at.start[:, None] + jnp.arange(-back, length, dtype=jnp.int32)[None]
+    if back + length <= ring.shape[2]:
+        ring = write(ring, new, at, layer=layer)
+        return read(ring, at, positions, layer=layer).astype(new.dtype), ring
+    before = read(ring, at, positions[:, :back], layer=layer)
     return jnp.concatenate([before.astype(new.dtype), new], axis=1), write(ring, new, at, layer=layer)
