@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +145,16 @@ def test_a_released_directory_is_read(released_directory):
     assert loaded.pad_token == 3
     assert loaded.model.layer_kinds == expected.model.layer_kinds
     jax.tree.map(np.testing.assert_array_equal, loaded.trained, expected.trained)
+
+
+@pytest.mark.parametrize("named, tokenizer, expected", [(3, True, 3), (3, False, 3), (None, True, None), (None, False, 0)])
+def test_the_padding_of_a_released_directory(tmp_path, released_directory, named, tokenizer, expected):
+    shutil.copytree(released_directory, tmp_path / "copy")
+    config = json.loads((released_directory / "config.json").read_text()) | {"pad_token_id": named}
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    if tokenizer:
+        (tmp_path / "copy" / "tokenizer.json").write_text("{}")
+    assert score.load(tmp_path / "copy").pad_token == expected
 
 
 def test_the_command_writes_what_the_library_computes(run_directory, tmp_path, capsys):

@@ -15,8 +15,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--pad-token",
         default="config",
         metavar="ID",
-        help="tokens of the prompt with this id are hidden from --greedy as `transformers` hides padding; "
-        "none: hide nothing (default: pad_token_id of config.json, none if it is null)",
+        help="tokens of the prompt with this id are hidden from --greedy as `transformers` hides padding; none: hide nothing "
+        "(default: pad_token_id of config.json; if it is null, none, or 0 for a released-layout directory without tokenizer)",
     )
 
 
@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     score_files.check(tokens, checkpoint=checkpoint, count=args.greedy, source=args.tokens)
     pad = {"config": checkpoint.pad_token, "none": None}.get(args.pad_token, args.pad_token)
     pad = None if pad is None else int(pad)
+    if args.greedy and pad is not None and (tokens[0, : tokens.shape[1] // 2] == pad).any():
+        print(f"the prompt of --greedy contains token {pad}: hidden as padding, as `transformers` does (--pad-token none shows it)")
     summary = score_files.write(args.out, checkpoint=checkpoint, tokens=tokens, count=args.greedy, pad_token=pad)
     print(f"loss {summary.loss:.6f} nats per token, gradient norm {summary.grad_norm:.6g}, logits of {tokens.shape} tokens in {args.out}")
     if summary.greedy is not None:

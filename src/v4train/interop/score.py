@@ -33,6 +33,7 @@ from v4train.model import config as config_lib
 from v4train.model import context, transformer
 from v4train.ops import select
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _BLOCK = 2**24
 """Logits that are on the device at a time: 64 MB."""
 
@@ -45,7 +46,7 @@ class Checkpoint:
         model: its config; layers are recomputed in the backward pass.
         trained: parameters, on the default device.
         buffers: router biases and hash tables.
-        pad_token: the id that the checkpoint's config names as padding, or None.
+        pad_token: the id that ``transformers`` would be told is padding; see `_pad_token`. None: there is none.
     """
 
     model: config_lib.ModelConfig
@@ -73,7 +74,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     if (directory / "config.json").is_file():
         opened = released.Released.open(directory)
         opened.verify()
-        return checkpoint(opened.model, opened.parameters(), pad_token=opened.config.get("pad_token_id"))
+        return checkpoint(opened.model, opened.parameters(), pad_token=_pad_token(directory, opened.config))
     try:
         steps, step = step_directory.locate(directory)
     except ValueError as e:
@@ -81,6 +82,18 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     found = restore.describe(steps, step=step)
     model = config_lib.ModelConfig.model_validate(found.metadata["recipe"]["model"])
     return _read_ours(model, found, where=step_directory.path(steps, step=found.step))
+
+
+def _pad_token(directory: pathlib.Path, config: dict[str, Any]) -> int | None:
+    """The padding id of a directory in the released layout.
+
+    It is config.json's. Where that is null, as in all released ones, prompts come from the tokenizer beside it, which does not pad a single
+    prompt. A directory without tokenizer has no text: it is a test model, and its tokens are drawn ids. The public class must be told some
+    id to generate from these, and the golden cases were made with 0.
+    """
+    if (named := config.get("pad_token_id")) is not None:
+        return named
+    return None if any((directory / name).is_file() for name in _TOKENIZERS) else 0
 
 
 def checkpoint(model: config_lib.ModelConfig, params: dict, *, pad_token: int | None = None) -> Checkpoint:
