@@ -14,14 +14,16 @@ from v4train.model import config as model_config
 from v4train.model import transformer
 from v4train.numerics import config as numerics_config
 
-EXACT = numerics_config.NumericsConfig(compute="float32")
+FAST = {"xla_backend_optimization_level": 0}  # to compile
 
 
 def decoder(model: model_config.ModelConfig, params: dict, *, compute: str = "float32", **config) -> decoder_lib.Decoder:
     """By default of three slots with small pages, chunks of 16 tokens, and fp32 throughout."""
     values = {"slots": 3, "max_length": 128, "prefill_chunk": 16, "page_tokens": 16, "cache": "fp32"} | config
     numerics = numerics_config.NumericsConfig.model_validate({"compute": compute})
-    return decoder_lib.Decoder(model, params, config=config_lib.DecodeConfig.model_validate(values), numerics=numerics)
+    return decoder_lib.Decoder(
+        model, params, config=config_lib.DecodeConfig.model_validate(values), numerics=numerics, compiler_options=FAST
+    )
 
 
 @functools.cache

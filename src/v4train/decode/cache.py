@@ -16,9 +16,8 @@ Layers that are scanned have their arrays stacked along a leading axis, as their
 arrays at its own place; a scan that took the layers apart and stacked them again would copy the pool on every step.
 
 What lies in a ring or in a pool beyond the length of its sequence is never read. So a slot is emptied by setting its length to 0, and a
-sequence
-is taken back by setting its length back: by at most the tokens of a step (one, two with speculation), since those before have been
-overwritten.
+sequence is taken back by setting its length back: by at most the tokens of a step (one, two with speculation), since those before have
+been overwritten.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """The decoder: a model's parameters and a cache layout, as compiled functions of fixed shape.
 
-    decoder = Decoder(model_config, params, config=DecodeConfig(slots=2, max_length=4096))
+    decoder = Decoder(model_config, params, config=DecodeConfig(slots=2, max_length=4096), numerics=NumericsConfig())
     cache = decoder.empty()
     for start in range(0, len(prompt), decoder.config.prefill_chunk):
         cache, logits, _ = decoder.prefill(cache, prompt=prompt, start=start, slot=0)
@@ -14,6 +14,7 @@ The cache is donated: its memory is reused for the result, so an old cache must 
 (`cache.page_table`, see `decode.pages`): before a call, every token that it brings must have its page.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -65,8 +66,13 @@ class Decoder:
         *,
         config: config_lib.DecodeConfig,
         numerics: numerics_config.NumericsConfig,
+        compiler_options: dict | None = None,
     ):
         """Casts the parameters for computing.
+
+        Args:
+            params: of the whole model, master weights.
+            compiler_options: for XLA; see `jax.jit`.
 
         Raises:
             ValueError: the config does not fit the model.
@@ -76,9 +82,10 @@ class Decoder:
         self._abstract = transformer.Transformer(model)
         self._forward = forward.Forward(self._abstract, self.layout)
         self.params = policy.cast_for_compute(params, declarations=param.declarations(self._abstract), config=numerics)
-        self._extend = jax.jit(self._traced_extend, donate_argnums=1)
-        self._prefill = jax.jit(self._traced_prefill, donate_argnums=1, static_argnames="every")
-        self._draft = jax.jit(self._traced_draft, donate_argnums=1)
+        compiled = functools.partial(jax.jit, donate_argnums=1, compiler_options=compiler_options)
+        self._extend = compiled(self._traced_extend)
+        self._prefill = compiled(self._traced_prefill, static_argnames="every")
+        self._draft = compiled(self._traced_draft)
 
     def empty(self) -> cache_lib.Cache:
         """A cache without sequences."""
