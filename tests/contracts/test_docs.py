@@ -18,7 +18,15 @@ from v4train.cli import main
 from v4train.config import load
 
 PROJECT = pathlib.Path(__file__).parents[2]
-PAGES = ("README.md", "docs/architecture.md", "docs/data.md", "docs/recipe.md", "data/demo/README.md", "tests/golden/README.md")
+PAGES = (
+    "README.md",
+    "docs/architecture.md",
+    "docs/data.md",
+    "docs/open_weights.md",
+    "docs/recipe.md",
+    "data/demo/README.md",
+    "tests/golden/README.md",
+)
 FOLDERS = ("src", "tests", "configs", "scripts", "docs", "data/demo")
 UNWRITTEN = ("data/corpus", "data/mine")
 """Paths that examples use and that a reader makes."""
