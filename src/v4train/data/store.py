@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import types
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, Self
@@ -38,6 +39,7 @@ DIGEST_AT_OPEN = 2**28  # bytes of an index file; larger ones are left to `Token
 CACHE_BYTES = 2**26
 _INDEX = {"documents.npy": ENTRY, "spans.npy": document_lib.SPAN, "histogram.npy": np.dtype("<i8")}
 _FLAT_INDEX = {"places.npy": shards_lib.PLACE, "media_places.npy": shards_lib.MEDIA_PLACE, "checksums.npy": np.dtype("<u4")}
+_SHARD = re.compile(r"shard-\d{5,}(\.\w+)")
 
 
 class Pieces(NamedTuple):
@@ -115,6 +117,14 @@ def _check_digests(root: pathlib.Path, files: dict[str, dict]) -> None:
         if digest != entry["sha256"]:
             message = f"data store {root}: {name} is damaged (sha256 {digest[:12]}..., expected {entry['sha256'][:12]}...)"
             raise ValueError(f"{message}; copy or build the store again")
+
+
+def is_file_of_store(name: str) -> bool:
+    """Whether a store may have a file of this name, so that a directory of something else is not taken for a store."""
+    shard = _SHARD.fullmatch(name)
+    if shard is not None:
+        return shard[1] in (*shards_lib.RecordWriter.suffixes, *shards_lib.FlatWriter.suffixes)
+    return name in (MANIFEST, MANIFEST + ".partial", *_INDEX, *_FLAT_INDEX)
 
 
 def file_sha256(path: pathlib.Path) -> str:

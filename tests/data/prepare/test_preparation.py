@@ -198,6 +198,23 @@ def test_a_finished_store_is_kept_and_other_content_is_refused(tmp_path, sources
     assert (tmp_path / "mine/thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["shard-00000.tar", "vectors.npy", "backup.partial"])
+def test_beginning_anew_removes_no_file_of_others(tmp_path, sources, name):
+    """WebDataset calls its files `shard-00000.tar`: a wrong `output` must not cost a corpus."""
+    preparation.prepare(corpus.spec(tmp_path / "out", *sources, **SMALL))
+    (tmp_path / "out" / name).write_text("mine")
+    before = corpus.digests(tmp_path / "out")
+    with pytest.raises(ValueError, match=rf"is not empty \({name}\)"):
+        preparation.prepare(corpus.spec(tmp_path / "out", *sources, **SMALL), fresh=True)
+    assert corpus.digests(tmp_path / "out") == before
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path, sources):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="is a file; name a directory"):
+        preparation.prepare(corpus.spec(tmp_path / "out", *sources), fresh=True)
+
+
 def test_a_directory_in_use_is_refused(tmp_path, sources):
     (tmp_path / "out").mkdir()
     with (

@@ -77,6 +77,8 @@ def prepare(spec: config_lib.PrepareConfig, *, runner: Runner = "local", fresh: 
     tasks = inputs.tasks(spec)
     digest = inputs.digest(spec, tasks, tokenizer=tokenizer.fingerprint)
     workers = spec.workers or os.cpu_count() or 1
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file; name a directory")
     output.mkdir(parents=True, exist_ok=True)
     with _locked(output):
         if fresh:
@@ -116,11 +118,21 @@ def _locked(output: pathlib.Path) -> Iterator[None]:
 
 
 def _clear(output: pathlib.Path) -> None:
-    """Removes what a preparation makes, and nothing else."""
+    """Removes what a preparation makes; nothing at all where there is anything else."""
+    own = {WORK, PREPARATION, part.QUARANTINE, pathlib.Path(part.QUARANTINE).with_suffix(".partial").name}
+    found = sorted(output.iterdir())
+    foreign = [path for path in found if not (path.name in own or store_lib.is_file_of_store(path.name))]
+    _refuse_foreign(output, foreign)
     shutil.rmtree(output / WORK, ignore_errors=True)
-    names = (store_lib.MANIFEST, PREPARATION, part.QUARANTINE, "*.npy", "shard-*", "*.partial")
-    for path in [path for name in names for path in output.glob(name)]:
-        path.unlink()
+    for path in found:
+        if path.name != WORK:
+            path.unlink()
+
+
+def _refuse_foreign(output: pathlib.Path, foreign: Sequence[pathlib.Path]) -> None:
+    if foreign:
+        names = ", ".join(path.name for path in foreign[:3])
+        raise ValueError(f"output {output} is not empty ({names}); choose another directory")
 
 
 def _finished(output: pathlib.Path, *, digest: str) -> Summary:
@@ -146,9 +158,7 @@ def _begin(output: pathlib.Path, *, digest: str) -> pathlib.Path:
         for left in [*work.glob(".part-*"), *work.glob("part-*/.kept.*")]:
             shutil.rmtree(left)
         return work
-    foreign = sorted(path.name for path in output.iterdir() if path.name != WORK)
-    if foreign:
-        raise ValueError(f"output {output} is not empty ({', '.join(foreign[:3])}); choose another directory")
+    _refuse_foreign(output, sorted(path for path in output.iterdir() if path.name != WORK))
     work.mkdir(exist_ok=True)
     partial = plan.with_suffix(".partial")
     partial.write_text(json.dumps({"digest": digest}) + "\n")
