@@ -36,9 +36,10 @@ from v4train.decode import formats
 from v4train.ops import select, sparse_attention
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
-_SCAN_PRODUCTS = 2**18  # of index queries with index keys at a time
+_PRODUCTS = 2**20  # of queries and keys, at a time
+_BLOCK_PAGES = 16  # at a time, or as many as hold _BLOCK_ENTRIES: whoever has fewer pays for these
+_BLOCK_ENTRIES = 128
 _MERGE_ENTRIES = 8192  # scores collected before they are merged with the best so far
-_DENSE_PRODUCTS = 2**18  # of queries with entries at a time
 
 
 class Pool(NamedTuple):
@@ -179,7 +180,7 @@ def _absorb(state: _Softmax, query: Array, values: Array, seen: Bool[Array, "c n
 
 
 def _dense(state: _Softmax, query: Array, item: Item, entries: Pool, visible: Int[Array, "c"]) -> _Softmax:
-    walk = _Walk.of(entries, item.pages, products=query.shape[0] * query.shape[1], budget=_DENSE_PRODUCTS)
+    walk = _Walk.of(entries, item.pages, queries=query.shape[0] * query.shape[1])
 
     def block(i: Array, state: _Softmax) -> _Softmax:
         seen = walk.numbers(i)[None] < visible[:, None]
@@ -196,7 +197,7 @@ def select_entries(item: Item, index: Index, visible: Int[Array, "c"]) -> tuple[
     if select.implementation("top_k") != "earliest":
         raise ValueError("decoding selects the earlier of equal entries (top_k 'earliest'); there is no other implementation for pages")
     queries, heads = query.shape[:2]
-    walk = _Walk.of(index.keys, item.pages, products=queries * heads, budget=_SCAN_PRODUCTS)
+    walk = _Walk.of(index.keys, item.pages, queries=queries * heads)
     together = max(1, min(_MERGE_ENTRIES, walk.most) // walk.block)
     turns = walk.turns(visible.max())
     top_k = min(index.top_k, walk.most)
@@ -234,9 +235,9 @@ class _Walk(NamedTuple):
     pages_of_block: int
 
     @classmethod
-    def of(cls, pool: Pool, pages: Array, *, products: int, budget: int) -> "_Walk":
-        wanted = max(1, budget // (products * pool.per_page))
-        size = min(wanted, pages.shape[0])
+    def of(cls, pool: Pool, pages: Array, *, queries: int) -> "_Walk":
+        wanted = min(max(_BLOCK_PAGES, _BLOCK_ENTRIES // pool.per_page), _PRODUCTS // (queries * pool.per_page))
+        size = min(max(wanted, 1), pages.shape[0])
         return cls(pool, jnp.pad(pages, (0, -pages.shape[0] % size)), size)
 
     @property
