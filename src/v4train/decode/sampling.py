@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 
@@ -29,17 +30,17 @@ class Knobs(NamedTuple):
         seed: low and high word.
     """
 
-    temperature: Float[Array, "b"]
-    top_k: Int[Array, "b"]
-    top_p: Float[Array, "b"]
-    seed: UInt32[Array, "b 2"]
+    temperature: Float[Array | np.ndarray, "b"]
+    top_k: Int[Array | np.ndarray, "b"]
+    top_p: Float[Array | np.ndarray, "b"]
+    seed: UInt32[Array | np.ndarray, "b 2"]
 
 
 class Chosen(NamedTuple):
     """Tokens and their log-probabilities, natural."""
 
-    tokens: Int[Array, "b ..."]
-    logprobs: Float[Array, "b ..."]
+    tokens: Int[Array | np.ndarray, "b ..."]
+    logprobs: Float[Array | np.ndarray, "b ..."]
 
 
 def sample(logits: Float[Array, "b v"], *, knobs: Knobs, positions: Int[Array, "b"]) -> Chosen:
@@ -55,7 +56,7 @@ def sample(logits: Float[Array, "b v"], *, knobs: Knobs, positions: Int[Array, "
 
     def draw() -> Array:
         kept = jnp.where(allowed(logits, knobs=knobs), _scaled(logits, knobs), -jnp.inf)
-        drawn = jnp.argmax(kept + jax.vmap(_noise, (0, 0, None))(knobs.seed, positions, logits.shape[-1]), axis=-1)
+        drawn = jnp.argmax(kept + jax.vmap(_noise, (0, 0, None))(jnp.asarray(knobs.seed), positions, logits.shape[-1]), axis=-1)
         return jnp.where(draws, drawn, greedy)
 
     tokens = jax.lax.cond(draws.any(), draw, lambda: greedy).astype(jnp.int32)

@@ -1,0 +1,346 @@
+"""Continuous batching: requests come and go while others run.
+
+Each *turn* gives free slots to the requests that wait longest, processes one chunk of the oldest prompt that is not yet read, and takes one
+step of all sequences that are being answered. So a long prompt delays the others by a chunk and not by its length, and a step
+computes all answers together. The scheduler is a plain object without threads: `decode.engine` turns it on one.
+
+**An answer does not depend on what else runs.** Sequences share arrays but no numbers: every call has the same shapes whoever is in it, a
+row reads its own rings and pages only, and noise is a function of a request's seed and the position (`decode.sampling`).
+
+**Memory is promised before a sequence begins.** A request gets its slot when there are pages for its prompt and all the tokens that it may
+produce, and returns them when it ends; requests begin in the order of their arrival. So nothing that runs ever runs out of memory. The
+rejected alternative, to hand out pages as they are needed and to throw sequences out when there are none left, fits more of them at a time,
+and computes those again that it threw out.
+
+**Errors stay where they belong.** What is wrong with a request is said when it is submitted; what fails in the course of one ends that one.
+If a call of the model fails after it took the cache, the sequences in the cache are lost: they end with the error, and the engine goes on
+with an empty cache.
+"""
+
+import collections
+import dataclasses
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from v4train.data import tokenizer as tokenizer_lib
+from v4train.decode import cache as cache_lib
+from v4train.decode import decoder as decoder_lib
+from v4train.decode import prompt as prompt_lib
+from v4train.decode import request as request_lib
+from v4train.decode import sampling, text
+
+_log = logging.getLogger(__name__)
+_sample = jax.jit(sampling.sample)
+_best = jax.jit(sampling.best, static_argnames="count")
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Counts since the start, and what there is now.
+
+    Attributes:
+        prompt_tokens: processed.
+        tokens: of answers.
+        finished: requests by the reason of their end; ``error`` among them.
+        running: requests that have a slot.
+        waiting: requests that have none yet.
+        pages: of the pool that are promised to running requests.
+        prefill_seconds: spent in chunks of prompts.
+        step_seconds: spent in steps.
+    """
+
+    prompt_tokens: int
+    tokens: int
+    finished: dict[str, int]
+    running: int
+    waiting: int
+    pages: int
+    prefill_seconds: float
+    step_seconds: float
+
+
+@dataclasses.dataclass(eq=False)
+class _Sequence:
+    """A request and how far it is."""
+
+    stream: request_lib.Stream
+    answer: text.Answer
+    slot: int = -1
+    pages: tuple[int, ...] = ()
+    read: int = 0  # tokens of the prompt that the cache holds
+    produced: int = 0
+    last: int = 0  # the token that the next step processes
+
+    @property
+    def prompt(self) -> prompt_lib.Prompt:
+        return self.stream.request.prompt
+
+    @property
+    def answering(self) -> bool:
+        return self.read == len(self.prompt)
+
+
+class Scheduler:
+    """Slots, pages and the queue. `submit` may be called from any thread, `turn` by one at a time."""
+
+    def __init__(self, decoder: decoder_lib.Decoder, *, tokenizer: tokenizer_lib.Tokenizer, waiting: int = 64):
+        """An idle scheduler; ``waiting`` requests may wait for a slot."""
+        config = decoder.config
+        self.decoder, self.tokenizer, self.most_waiting = decoder, tokenizer, waiting
+        self._cache = decoder.empty()
+        self._table = np.full((config.slots, config.pages_per_slot), -1, np.int32)
+        self._free_pages = list(range(decoder.layout.pages))[::-1]
+        self._waiting: collections.deque[_Sequence] = collections.deque()
+        self._slots: list[_Sequence | None] = [None] * config.slots
+        self._knobs = sampling.Knobs(
+            np.zeros(config.slots, np.float32),
+            np.zeros(config.slots, np.int32),
+            np.ones(config.slots, np.float32),
+            np.zeros((config.slots, 2), np.uint32),
+        )
+        self._lock = threading.Lock()
+        self._order: list[_Sequence] = []  # those with a slot, oldest first
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._seconds = {"prefill": 0.0, "step": 0.0}
+
+    @property
+    def busy(self) -> bool:
+        """Whether a turn has something to do."""
+        return bool(self._waiting or self._order)
+
+    def submit(self, request: request_lib.Request, *, listener: request_lib.Listener | None = None) -> request_lib.Stream:
+        """Puts a request in the queue.
+
+        Raises:
+            ValueError: it cannot be answered, with all reasons.
+            request_lib.QueueFullError: later, perhaps.
+        """
+        max_tokens = self._check(request)
+        seed = int.from_bytes(os.urandom(8), "little") if request.seed is None else request.seed % 2**64
+        stream = request_lib.Stream(request, seed=seed, max_tokens=max_tokens, listener=listener)
+        sequence = _Sequence(stream, text.Answer(self.tokenizer, stop=request.stop))
+        with self._lock:
+            if len(self._waiting) >= self.most_waiting:
+                raise request_lib.QueueFullError(f"{len(self._waiting)} requests are waiting, which is as many as may: try again later")
+            self._waiting.append(sequence)
+        return stream
+
+    def turn(self) -> bool:
+        """Admits, processes a chunk of one prompt, takes one step of all answers; whether there is more to do."""
+        self._drop_cancelled()
+        self._admit()
+        reading = next((s for s in self._order if not s.answering), None)
+        if reading is not None:
+            self._guarded([reading], lambda: self._prefill(reading))
+        answering = [s for s in self._order if s.answering]
+        if answering:
+            self._guarded(answering, lambda: self._step(answering))
+        return self.busy
+
+    def cancel_all(self) -> None:
+        """Cancels every request, at the next turn."""
+        with self._lock:
+            for sequence in (*self._waiting, *self._order):
+                sequence.stream.cancel()
+
+    def fail_all(self, error: Exception) -> None:
+        """Ends every request with an error, at once; for whoever turns."""
+        with self._lock:
+            waiting = list(self._waiting)
+            self._waiting.clear()
+        for sequence in (*self._order, *waiting):
+            self._fail(sequence, error)
+
+    def statistics(self) -> Statistics:
+        """A snapshot, from any thread."""
+        finished = {name: self._counts[name] for name in ("stop", "length", "cancelled", "error")}
+        pages = self.decoder.layout.pages - len(self._free_pages)
+        return Statistics(
+            prompt_tokens=self._counts["prompt_tokens"],
+            tokens=self._counts["tokens"],
+            finished=finished,
+            running=len(self._order),
+            waiting=len(self._waiting),
+            pages=pages,
+            prefill_seconds=self._seconds["prefill"],
+            step_seconds=self._seconds["step"],
+        )
+
+    def cache_bytes(self) -> dict[str, int]:
+        """Bytes of the cache's arrays; see `cache.bytes_by_part`."""
+        return cache_lib.bytes_by_part(self.decoder.layout.structure())
+
+    def _check(self, r: request_lib.Request) -> int:
+        """Most tokens of the answer."""
+        self.decoder.check(r.prompt)
+        room = self.decoder.config.max_length - len(r.prompt)
+        most = room if r.max_tokens is None else r.max_tokens
+        tops = min(request_lib.MOST_LOGPROBS, self.decoder.model.vocab_size)
+        problems = []
+        if room < 1:
+            problems.append(f"the prompt has {len(r.prompt)} tokens, all that a sequence may have: shorten it, or raise the length")
+        elif not 1 <= most <= room:
+            problems.append(
+                f"max_tokens {most}: it must be from 1 to {room}, because the prompt has {len(r.prompt)} tokens and a sequence "
+                f"may have {self.decoder.config.max_length}"
+            )
+        elif self._pages(len(r.prompt) + most) > self.decoder.layout.pages:
+            problems.append(f"the cache cannot hold {len(r.prompt) + most} tokens: lower max_tokens, or give the cache more pages")
+        if not (math.isfinite(r.temperature) and r.temperature >= 0):
+            problems.append(f"temperature {r.temperature}: it must be 0 (greedy) or above")
+        if not 0 < r.top_p <= 1:
+            problems.append(f"top_p {r.top_p}: it must be above 0 and at most 1")
+        if r.top_k < 0:
+            problems.append(f"top_k {r.top_k}: it must be 0 (all tokens) or above")
+        if not 0 <= r.top_logprobs <= tops:
+            problems.append(f"top_logprobs {r.top_logprobs}: it must be from 0 to {tops}")
+        if "" in r.stop:
+            problems.append("a stop text is empty: leave it out")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return most
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self.decoder.config.page_tokens)
+
+    def _drop_cancelled(self) -> None:
+        with self._lock:
+            gone = [s for s in self._waiting if s.stream.cancelled]
+            for sequence in gone:
+                self._waiting.remove(sequence)
+        for sequence in (*gone, *(s for s in self._order if s.stream.cancelled)):
+            self._finish(sequence, request_lib.Event(None, sequence.answer.flush(), finish_reason="cancelled"))
+
+    def _admit(self) -> None:
+        for slot, occupant in enumerate(self._slots):
+            if occupant is not None:
+                continue
+            with self._lock:
+                if not self._waiting:
+                    return
+                first = self._waiting[0]
+                count = self._pages(len(first.prompt) + first.stream.max_tokens)
+                if count > len(self._free_pages):
+                    return
+                self._waiting.popleft()
+                self._order.append(first)
+            first.slot, first.pages = slot, tuple(self._free_pages.pop() for _ in range(count))
+            self._slots[slot] = first
+            self._table[slot, :count] = first.pages
+            self._place_pages()
+            request, seed = first.stream.request, first.stream.seed
+            for knob, value in zip(
+                self._knobs, (request.temperature, request.top_k, request.top_p, (seed % 2**32, seed >> 32)), strict=True
+            ):
+                knob[slot] = value
+
+    def _place_pages(self) -> None:
+        self._cache = self._cache._replace(page_table=jnp.array(self._table))
+
+    def _prefill(self, sequence: _Sequence) -> None:
+        began, prompt = time.monotonic(), sequence.prompt
+        count = min(self.decoder.config.prefill_chunk, len(prompt) - sequence.read)
+        decoded = self.decoder.prefill(self._cache, prompt=prompt, start=sequence.read, slot=sequence.slot, count=count)
+        self._cache = decoded.cache
+        sequence.read += count
+        self._counts["prompt_tokens"] += count
+        if sequence.answering:
+            knobs = sampling.Knobs(*(knob[sequence.slot : sequence.slot + 1] for knob in self._knobs))
+            self._choose([sequence], decoded.logits[None], knobs, rows=[0])
+        else:
+            jax.block_until_ready(decoded.logits)
+        self._seconds["prefill"] += time.monotonic() - began
+
+    def _step(self, sequences: list[_Sequence]) -> None:
+        began = time.monotonic()
+        tokens, active = np.zeros(len(self._slots), np.int32), np.zeros(len(self._slots), bool)
+        for sequence in sequences:
+            tokens[sequence.slot], active[sequence.slot] = sequence.last, True
+        decoded = self.decoder.step(self._cache, tokens=tokens, active=active)
+        self._cache = decoded.cache
+        # A slot that does not answer must not make the others pay for its limits.
+        knobs = self._knobs._replace(temperature=np.where(active, self._knobs.temperature, 0).astype(np.float32))
+        self._choose(sequences, decoded.logits, knobs, rows=[s.slot for s in sequences])
+        self._seconds["step"] += time.monotonic() - began
+
+    def _choose(self, sequences: list[_Sequence], logits: jax.Array, knobs: sampling.Knobs, *, rows: list[int]) -> None:
+        """Samples the next token of each sequence, whose logits are in the row given, and emits it."""
+        positions = np.zeros(len(logits), np.int32)
+        positions[rows] = [len(s.prompt) + s.produced for s in sequences]
+        chosen = _sample(logits, knobs=knobs, positions=positions)
+        tokens, logprobs = (np.asarray(x) for x in chosen)
+        best = None
+        if any(s.stream.request.top_logprobs for s in sequences):
+            best = sampling.Chosen(*(np.asarray(x) for x in _best(logits, count=min(request_lib.MOST_LOGPROBS, logits.shape[-1]))))
+        for sequence, row in zip(sequences, rows, strict=True):
+            count, top = sequence.stream.request.top_logprobs, ()
+            if best is not None and count:
+                top = tuple(zip(best.tokens[row, :count].tolist(), best.logprobs[row, :count].tolist(), strict=True))
+            try:
+                self._emit(sequence, int(tokens[row]), float(logprobs[row]), top)
+            except Exception as error:
+                self._fail(sequence, error)
+
+    def _emit(self, sequence: _Sequence, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> None:
+        request, answer = sequence.stream.request, sequence.answer
+        if not math.isfinite(logprob):
+            raise FloatingPointError(f"the model's logits are not finite at token {len(sequence.prompt) + sequence.produced}")
+        sequence.produced, sequence.last = sequence.produced + 1, token
+        self._counts["tokens"] += 1
+        ended = token == self.tokenizer.eos and not request.ignore_end
+        piece = "" if ended else answer.push(token)
+        finish: request_lib.Finish | None = None
+        if ended or answer.stopped:
+            finish = "stop"
+        elif sequence.produced == sequence.stream.max_tokens:
+            finish = "length"
+        if finish is None:
+            sequence.stream.give(request_lib.Event(token, piece, logprob, top))
+            return
+        if not answer.stopped:
+            piece += answer.flush()
+        self._finish(sequence, request_lib.Event(token, piece, logprob, top, finish))
+
+    def _finish(self, sequence: _Sequence, event: request_lib.Event) -> None:
+        assert event.finish_reason is not None
+        self._counts[event.finish_reason] += 1
+        self._release(sequence)
+        sequence.stream.give(event)
+
+    def _fail(self, sequence: _Sequence, error: Exception) -> None:
+        self._counts["error"] += 1
+        self._release(sequence)
+        sequence.stream.give(error)
+
+    def _release(self, sequence: _Sequence) -> None:
+        """Takes slot and pages back. What they hold is never read again: a sequence's length decides what is."""
+        if sequence.slot < 0:
+            return
+        with self._lock:
+            self._order.remove(sequence)
+        self._slots[sequence.slot] = None
+        self._free_pages.extend(sequence.pages)
+        self._table[sequence.slot] = -1
+        sequence.slot, sequence.pages = -1, ()
+
+    def _guarded(self, concerned: list[_Sequence], call: Callable[[], None]) -> None:
+        """Runs a call of the model; if it fails, so do the sequences concerned, and all others whose cache it took."""
+        try:
+            call()
+        except Exception as error:
+            _log.exception("a call of the model failed")
+            lost = any(x.is_deleted() for x in jax.tree.leaves(self._cache))
+            for sequence in list(self._order) if lost else concerned:
+                if sequence.slot >= 0:
+                    self._fail(sequence, error)
+            if lost:
+                self._cache = self.decoder.empty()
+                self._place_pages()
