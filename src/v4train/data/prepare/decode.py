@@ -9,10 +9,12 @@ Whatever a file does to the library that reads it is a `BadMediaError`: the file
 the header first, so that a file that claims a billion pixels costs nothing.
 """
 
+import contextlib
 import importlib.util
 import io
 import pathlib
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -55,8 +57,8 @@ def image(source: bytes | pathlib.Path, *, config: config_lib.ImageConfig) -> me
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about sizes (checked below) and odd metadata
-            with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+            warnings.simplefilter("ignore")  # about odd metadata
+            with _no_limit(), PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
                 pixels = _pixels(file, config=config)
     except BadMediaError:
         raise
@@ -69,6 +71,19 @@ def image(source: bytes | pathlib.Path, *, config: config_lib.ImageConfig) -> me
     return media.image_to_patches(pixels, patch=config.patch)
 
 
+@contextlib.contextmanager
+def _no_limit() -> Iterator[None]:
+    """Without the library's own limit, at which it raises before `_pixels` can ask for the spec's."""
+    import PIL.Image
+
+    before = PIL.Image.MAX_IMAGE_PIXELS
+    PIL.Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        PIL.Image.MAX_IMAGE_PIXELS = before
+
+
 def _pixels(file, *, config: config_lib.ImageConfig) -> np.ndarray:
     import PIL.Image
     import PIL.ImageOps
@@ -76,6 +91,8 @@ def _pixels(file, *, config: config_lib.ImageConfig) -> np.ndarray:
     stored = file.size
     if stored[0] * stored[1] > config.max_pixels:
         raise OverLimitError("image.max_pixels")
+    if file.mode in ("I", "F"):  # converting would cut them off at 0 and 255: black or white
+        raise BadMediaError("unreadable image: its pixels are 32-bit numbers, whose range nobody states")
     turned = file.getexif().get(_ORIENTATION, 1) in _TURNED
     width, height = stored[::-1] if turned else stored
     columns, rows = media.fit_grid(width, height, patch=config.patch, max_patches=config.max_patches, upscale=config.upscale == "to_budget")
