@@ -218,6 +218,9 @@ def test_images_are_upright_opaque_and_within_their_budget(tmp_path):
     assert set(np.unique(decode.image(corpus.encoded(deep, "PNG"), config=settings).values)) == {0x80}
     with pytest.raises(decode.OverLimitError, match=r"image.max_pixels"):
         decode.image(corpus.encoded(clear, "PNG"), config=config.ImageConfig(max_pixels=255))
+    for wide in (np.float32, np.int32):
+        with pytest.raises(decode.BadMediaError, match="32-bit numbers"):
+            decode.image(corpus.encoded(PIL.Image.fromarray(np.ones((16, 16), wide)), "TIFF"), config=settings)
     with pytest.raises(decode.BadMediaError, match="unreadable image"):
         decode.image(corpus.png(np.random.default_rng(0))[:500], config=settings)
     with pytest.raises(decode.BadMediaError, match="there is no file"):
@@ -262,3 +265,39 @@ def test_inputs_that_name_nothing_are_told_together(tmp_path):
     both = r"2 input\(s\) cannot be prepared:\n.*inputs.0 \(a\): path .* names no file[^\n]*\n.*inputs.1 \(b\)"
     with pytest.raises(ValueError, match=both):
         inputs.tasks(spec)
+
+
+def test_the_limit_of_pixels_is_the_spec_s_and_not_the_library_s(monkeypatch):
+    import PIL.Image
+
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)  # from twice as many on it raises
+    image = corpus.png(np.random.default_rng(0), width=40, height=30)
+    with pytest.raises(decode.OverLimitError):
+        decode.image(image, config=config.ImageConfig(patch=8, max_pixels=1000))
+    assert len(decode.image(image, config=config.ImageConfig(patch=8, max_pixels=1200)).values) == 20
+    assert PIL.Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_a_mark_of_the_encoding_is_no_text(tmp_path):
+    mark = "\ufeff".encode()
+    (tmp_path / "a.jsonl").write_bytes(mark + b'{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "a.txt").write_bytes(mark + b"one\n" + mark + b"two\n")
+    corpus.pairs(tmp_path / "pairs", count=1, sound=False)
+    (caption,) = (tmp_path / "pairs").rglob("*.txt")
+    caption.write_bytes(mark + b"one")
+    assert [one.parts for one in records({"kind": "jsonl", "name": "a", "path": str(tmp_path / "a.jsonl")})] == [("one",), ("two",)]
+    text = {"kind": "text", "name": "a", "path": str(tmp_path / "a.txt"), "document_bytes": 6}
+    assert [one.parts for one in records(text)] == [("one\n",), ("\ufefftwo\n",)]
+    (pair,) = records({"kind": "images", "name": "a", "path": str(tmp_path / "pairs")})
+    assert pair.parts[1] == "one"
+
+
+def test_a_deeply_nested_sample_is_one_bad_record(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("0.json", b"[" * 100_000), ("1.json", b'{"caption": "one"}')):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    bad, good = records({"kind": "webdataset", "name": "a", "path": str(tmp_path / "a.tar"), "layout": ["text"]})
+    assert isinstance(bad, record.Bad)
+    assert isinstance(good, record.Record)

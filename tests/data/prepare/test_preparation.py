@@ -198,6 +198,37 @@ def test_a_finished_store_is_kept_and_other_content_is_refused(tmp_path, sources
     assert (tmp_path / "mine/thesis.txt").read_text() == "mine"
 
 
+def test_changed_captions_and_sounds_are_changed_input(tmp_path):
+    corpus.pairs(tmp_path / "pairs", count=2)
+    spec = corpus.spec(tmp_path / "out", {"kind": "triples", "name": "trios", "path": str(tmp_path / "pairs")})
+    preparation.prepare(spec)
+    for ending in ("txt", "wav"):
+        assert preparation.prepare(spec).workers == 0
+        changed = next((tmp_path / "pairs").rglob(f"*.{ending}"))
+        os.utime(changed, (1, 1))
+        with pytest.raises(ValueError, match="its input files have changed since"):
+            preparation.prepare(spec)
+        preparation.prepare(spec, fresh=True)
+
+
+def test_a_file_whose_name_is_no_unicode_is_a_bad_record(tmp_path):
+    corpus.pairs(tmp_path / "pairs", count=2, sound=False)
+    odd = os.fsencode(tmp_path / "pairs") + b"/\xff"
+    try:
+        for ending, content in ((b".png", corpus.png(np.random.default_rng(0))), (b".txt", b"odd")):
+            pathlib.Path(os.fsdecode(odd + ending)).write_bytes(content)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a line", "image": "\udcfe.png"}) + "\n")
+    sources = [{"kind": "images", "name": "a", "path": str(tmp_path / "pairs")}]
+    sources += [{"kind": "jsonl", "name": "b", "path": str(tmp_path / "a.jsonl"), "image": "image"}]
+    summary = preparation.prepare(corpus.spec(tmp_path / "out", *sources, quarantine={"max_share": 1}))
+    assert [(source.documents, source.bad) for source in summary.sources] == [(2, 1), (0, 1)]
+    first, second = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert os.fsencode(first["record"]) == odd + b".png"
+    assert second["reason"].endswith("\udcfe.png")
+
+
 @pytest.mark.parametrize("name", ["shard-00000.tar", "vectors.npy", "backup.partial"])
 def test_beginning_anew_removes_no_file_of_others(tmp_path, sources, name):
     """WebDataset calls its files `shard-00000.tar`: a wrong `output` must not cost a corpus."""

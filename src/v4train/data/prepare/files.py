@@ -109,7 +109,8 @@ def read_text(source: config_lib.TextConfig, task: record.Task) -> Iterator[reco
                 for number, block in enumerate(_blocks(file, size=source.document_bytes)):
                     at = f"{path} piece {number}" if number else path
                     try:
-                        yield record.Record(at, key, (block.decode("utf-8"),), len(block))
+                        # Only at the beginning of a file is U+FEFF a mark of its encoding.
+                        yield record.Record(at, key, (block.decode("utf-8" if number else "utf-8-sig"),), len(block))
                     except UnicodeDecodeError as error:
                         yield record.Bad(at, f"not UTF-8: byte {error.start} of the piece is {block[error.start]:#04x}", len(block))
         except (*ENDS_EARLY, OSError) as error:
@@ -151,7 +152,7 @@ def read_folder(source: config_lib.FolderConfig, task: record.Task) -> Iterator[
         try:
             size = path.stat().st_size
             for kind in source.layout:
-                parts.append(_beside(path, kind, caption=source.caption))
+                parts.append(_part(path, kind, caption=source.caption))
         except OSError as error:
             yield record.Bad(name, reason(error), size)
             continue
@@ -161,16 +162,27 @@ def read_folder(source: config_lib.FolderConfig, task: record.Task) -> Iterator[
         yield record.Record(name, f"{source.name}/{relative(name, source.path)}", tuple(parts), size)
 
 
-def _beside(path: pathlib.Path, kind: config_lib.Kind, *, caption: str) -> record.Part:
+def beside(source: config_lib.FolderConfig, path: str) -> list[str]:
+    """The other files that the record of a media file is read from, as far as they are there."""
+    found = (_file(pathlib.Path(path), kind, caption=source.caption) for kind in source.layout)
+    return [str(one) for one in found if one is not None and str(one) != path and one.is_file()]
+
+
+def _file(path: pathlib.Path, kind: config_lib.Kind, *, caption: str) -> pathlib.Path | None:
+    """The file of a kind beside (or at) ``path``; None if there is none. A caption may be missing."""
     if kind == "text":
-        return path.with_suffix(caption).read_text(encoding="utf-8").strip()
+        return path.with_suffix(caption)
     endings = SOUNDS if kind == "audio" else IMAGES
     if path.suffix.lower() in endings:
-        return record.Media(kind, path)
-    for ending in sorted(endings):
-        if path.with_suffix(ending).is_file():
-            return record.Media(kind, path.with_suffix(ending))
-    raise FileNotFoundError(2, f"there is no {kind} file of this name", str(path.with_suffix("")))
+        return path
+    return next((one for one in (path.with_suffix(ending) for ending in sorted(endings)) if one.is_file()), None)
+
+
+def _part(path: pathlib.Path, kind: config_lib.Kind, *, caption: str) -> record.Part:
+    file = _file(path, kind, caption=caption)
+    if file is None:
+        raise FileNotFoundError(2, f"there is no {kind} file of this name", str(path.with_suffix("")))
+    return file.read_text(encoding="utf-8-sig").strip() if kind == "text" else record.Media(kind, file)
 
 
 def relative(path: str, pattern: str) -> str:

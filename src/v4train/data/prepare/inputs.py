@@ -20,12 +20,14 @@ class Format:
         read: ``(source, task)`` -> its records.
         kinds: which parts a record may have, from the source.
         check: raises a ValueError if a library is missing.
+        beside: ``(source, path)`` -> further files that are read with a file of a task.
     """
 
     pieces: Callable[..., Iterator[record.Piece]]
     read: Callable[[Any, record.Task], Iterator[record.Record | record.Bad]]
     kinds: Callable[[Any], set[config_lib.Kind]]
     check: Callable[[], None] = lambda: None
+    beside: Callable[[Any, str], list[str]] = lambda source, path: []
 
 
 def _text_pieces(source: config_lib.TextConfig, *, task_bytes: int) -> Iterator[record.Piece]:
@@ -36,7 +38,7 @@ def _layout(source: Any) -> set[config_lib.Kind]:
     return set(source.layout)
 
 
-_FOLDER = Format(files.folder, files.read_folder, _layout)
+_FOLDER = Format(files.folder, files.read_folder, _layout, beside=files.beside)
 FORMATS: dict[type, Format] = {
     config_lib.JsonLinesConfig: Format(jsonl.pieces, jsonl.read, fields.kinds),
     config_lib.ParquetConfig: Format(parquet.pieces, parquet.read, fields.kinds, parquet.check_extra),
@@ -81,12 +83,20 @@ def read(spec: config_lib.PrepareConfig, task: record.Task) -> Iterator[record.R
 
 
 def digest(spec: config_lib.PrepareConfig, listed: list[record.Task], *, tokenizer: str) -> str:
-    """Changes with everything that the finished store depends on, as far as names, sizes and times of the input files tell."""
+    """Changes with everything that the finished store depends on, as far as names, sizes and times of the input files tell.
+
+    Captions and other files of one name count as input files; media that lines of JSON or rows of Parquet name do not, because
+    finding out which these are means reading everything.
+    """
     asked = spec.model_dump(mode="json", exclude={"output", "workers", "quarantine"})
     hashed = hashlib.sha256(json.dumps([asked, tokenizer], sort_keys=True).encode())
+    read_from: set[str] = set()
     for task in listed:
         hashed.update(json.dumps(dataclasses.astuple(task)).encode())
-    for path in sorted({path for task in listed for path in task.files}):
+        source = spec.inputs[task.source]
+        beside = FORMATS[type(source)].beside
+        read_from.update(*([path, *beside(source, path)] for path in task.files))
+    for path in sorted(read_from):
         status = os.stat(path)
-        hashed.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+        hashed.update(os.fsencode(path) + f" {status.st_size} {status.st_mtime_ns}\n".encode())
     return hashed.hexdigest()

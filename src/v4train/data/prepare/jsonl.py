@@ -66,7 +66,7 @@ def _record(
     line: bytes, place: str, size: int, *, key: str, source: config_lib.JsonLinesConfig, folder: pathlib.Path
 ) -> record.Record | record.Bad:
     try:
-        values = json.loads(line.decode("utf-8"))
+        values = json.loads(line.decode("utf-8-sig"))
         if not isinstance(values, dict):
             return record.Bad(place, f"JSON, but {type(values).__name__} instead of an object", size)
         found = fields.parts(values, source=source, folder=folder)

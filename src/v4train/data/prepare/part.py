@@ -148,7 +148,8 @@ def _fill(directory: pathlib.Path, job: Job, *, advance: Callable[[Advance], Non
     refused, counts = collections.Counter(), collections.Counter()
     with (
         _Stores(directory, spec, layout="records") as stores,
-        open(directory / QUARANTINE, "w", encoding="utf-8") as quarantine,
+        # Names of files may be no UTF-8; the bytes of these come as surrogates, for which this writes JSON's escapes.
+        open(directory / QUARANTINE, "w", encoding="utf-8", errors="backslashreplace") as quarantine,
         open(directory / CONTENTS, "wb") as contents,
     ):
         for found in inputs.read(spec, task):

@@ -46,7 +46,7 @@ def _sample(
     size = sum(map(len, sample.values())) if not files.is_packed(path) else 0
     try:
         parts = tuple(_part(sample, kind, source=source) for kind in source.layout)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return record.Bad(f"{path} sample {stem}", files.reason(error), size)
     return record.Record(f"{path} sample {stem}", f"{prefix}/{stem}", parts, size)
 
@@ -57,7 +57,7 @@ def _part(sample: dict[str, bytes], kind: config_lib.Kind, *, source: config_lib
             if ending in sample:
                 return record.Media(kind, sample[ending])
     elif ".txt" in sample:
-        return sample[".txt"].decode("utf-8").strip()
+        return sample[".txt"].decode("utf-8-sig").strip()
     elif ".json" in sample:
         values = json.loads(sample[".json"])
         text = values.get(source.json_text) if isinstance(values, dict) else None
