@@ -81,7 +81,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         raise ValueError(f"{e}, or a directory in the released layout (with config.json)") from None
     found = restore.describe(steps, step=step)
     model = config_lib.ModelConfig.model_validate(found.metadata["recipe"]["model"])
-    return _read_ours(model, found, where=step_directory.path(steps, step=found.step))
+    return read_step(_scored(model), found, where=step_directory.path(steps, step=found.step))
 
 
 def _pad_token(directory: pathlib.Path, config: dict[str, Any]) -> int | None:
@@ -109,9 +109,12 @@ def _scored(model: config_lib.ModelConfig) -> config_lib.ModelConfig:
     return model.model_copy(update={"mtp": None, "remat": "full"})
 
 
-def _read_ours(model: config_lib.ModelConfig, found: restore.Description, *, where: pathlib.Path) -> Checkpoint:
-    """Reads parameters and buffers, and neither optimizer nor MTP block."""
-    model = _scored(model)
+def read_step(model: config_lib.ModelConfig, found: restore.Description, *, where: pathlib.Path) -> Checkpoint:
+    """Reads what a model has of one step: parameters and buffers, no optimizer, and the MTP block if the config has it.
+
+    Raises:
+        ValueError: the step does not hold these arrays.
+    """
     declared = param.declarations(transformer.Transformer(model))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     structs = param.map_declarations(lambda _, d: jax.ShapeDtypeStruct(d.shape, d.dtype, sharding=device), declared)
