@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import threading
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from tests.data import synthetic
 from v4train.data import batch as batch_lib
-from v4train.data import config, pipeline, store
+from v4train.data import config, pipeline, plan, store
 
 
 @pytest.fixture
@@ -83,6 +84,54 @@ def test_iterating_from_any_step_is_random_access(sources, threads):
     assert len(set(expected)) == 9
     for start in (0, 1, 5):
         assert [digest(b) for b in take(p.iterate(start), 4)] == expected[start : start + 4]
+
+
+@pytest.mark.parametrize("policy", ["split_text_keep_spans", "no_split"])
+def test_milestones_spare_planning_through_phases(sources, monkeypatch, policy):
+    """Through JSON, over a change of shape; foreign ones are left aside; rows are the same with and without."""
+    monkeypatch.setattr(plan, "_BLOCK_ROWS", 8)
+    sources = [source | {"packing": policy} for source in sources]
+    phases = [{"from_step": 60, "sequence_length": 96, "max_patches": 20}]
+    first, other = make(sources, phases=phases), make(sources, phases=phases, seed=4)
+    expected = {step: digest(first.batch(step)) for step in (10, 200)}
+    found = json.loads(json.dumps(first.milestones(200)))
+    assert len(found) == (2 if policy == "split_text_keep_spans" else 4)
+    assert found.keys().isdisjoint(other.milestones(200))
+    amounts = first.amounts(200)
+    blocks = []
+    for told in ({}, other.milestones(200), found):
+        again = make(sources, phases=phases)
+        again.remember(told)
+        assert digest(again.batch(200)) == expected[200]
+        assert again.amounts(200) == amounts
+        assert again.milestones(200) == found
+        blocks.append(sum(again._plan(i, "train", part)._block.cache_info().misses for i in range(2) for part in range(2)))
+        assert digest(again.batch(10)) == expected[10]
+    assert blocks[0] == blocks[1] > 2 * blocks[2]
+    again = make(sources, phases=phases)
+    assert set(again.planning(200)) == ({"media"} if policy == "split_text_keep_spans" else {"media", "text"})
+    assert all(planning.rows > 400 for planning in again.planning(200).values())
+    assert again.planning(0) == {}
+
+
+def test_delimiters_are_known_from_the_counts_of_ids(sources):
+    p = make(sources)
+    assert [p._delimited(i) for i in range(2)] == [[1, 2], []]
+    for step in range(40):
+        b = p.batch(step)
+        last = b.tokens[np.arange(8), np.maximum((b.segment_ids > 0).sum(axis=1) - 1, 0)]
+        assert not np.isin(last, [p.tokenizer.image_start, p.tokenizer.audio_start]).any()
+
+
+def test_reading_ahead_is_bounded_in_bytes(sources, monkeypatch):
+    size = sum(array.nbytes for array in vars(make(sources).batch(0)).values())
+    for limit, ahead in ((10 * size, 8), (3 * size, 3), (size - 1, 1)):
+        monkeypatch.setattr(pipeline, "_AHEAD_BYTES", limit)
+        assert make(sources, prefetch_rows=64)._batches_ahead(0) == ahead
+    monkeypatch.setattr(pipeline, "_AHEAD_BYTES", 8 * size)
+    later = [{"from_step": 9, "batch_rows": 32}]
+    assert make(sources, prefetch_rows=64, phases=later)._batches_ahead(0) == 2
+    assert make(sources, prefetch_rows=64, phases=later, host_count=2)._batches_ahead(0) == 4
 
 
 def test_no_thread_is_left_behind(sources):

@@ -7,17 +7,29 @@ import numpy as np
 import pytest
 
 from tests.data import synthetic
-from v4train.data import plan, store
+from v4train.data import packing, plan, store
 
 
-def open_plan(path, *, documents=None, **packing):
+def open_plan(path, *, documents=None, delimited=(), start=None, **packing):
     s = store.TokenStore.open(path)
     defaults = {"sequence_length": 32, "max_patches": 9, "max_audio_frames": 12, "seed": 5}
     which = np.arange(len(s)) if documents is None else documents
-    return s, plan.Plan(s, documents=which, packing=plan.Packing(**(defaults | packing)))
+    return s, plan.Plan(s, documents=which, packing=plan.Packing(**(defaults | packing)), delimited=delimited, start=start)
 
 
-def split_by_walking(s, items, *, packing, separate=False):
+def atoms_of(s, d, *, length, delimited):
+    """First token -> kind, all tokens and payload of each thing that is never cut, found by reading the document."""
+    tokens, found = s.read(d).tokens, {}
+    for kind, at, n in s.spans_of(d).tolist():
+        low, high = at, at + n
+        if kind in delimited and n + 2 <= length:
+            low -= at > 0 and tokens[at - 1] == (261, 263)[kind - 1]
+            high += high < len(tokens) and tokens[high] == (262, 264)[kind - 1]
+        found[low] = kind, high - low, n
+    return found
+
+
+def split_by_walking(s, items, *, packing, separate=False, delimited=()):
     """Rows of the pieces ``items``, one token or span at a time; ``separate`` closes the row after each piece."""
     rows, row, used = [], [], [0, 0, 0]
     limits = (packing.sequence_length, packing.max_patches, packing.max_audio_frames)
@@ -29,17 +41,17 @@ def split_by_walking(s, items, *, packing, separate=False):
         row, used = [], [0, 0, 0]
 
     for d, begin, end in items:
-        spans = {int(at): (int(kind), int(n)) for kind, at, n in s.spans_of(d)}
+        atoms = atoms_of(s, d, length=packing.sequence_length, delimited=delimited)
         start = at = begin
         while at < end:
-            kind, n = spans.get(at, (0, 1))
-            grown = [used[0] + n, used[1] + n * (kind == 1), used[2] + n * (kind == 2)]
+            kind, n, payload = atoms.get(at, (0, 1, 0))
+            grown = [used[0] + n, used[1] + payload * (kind == 1), used[2] + payload * (kind == 2)]
             if any(g > limit for g, limit in zip(grown, limits, strict=True)):
                 if at > start:
                     row.append((d, start, at))
                 close()
                 start = at
-                grown = [n, n * (kind == 1), n * (kind == 2)]
+                grown = [n, payload * (kind == 1), payload * (kind == 2)]
             used = grown
             at += n
         row.append((d, start, end))
@@ -96,6 +108,49 @@ def test_rows_are_those_of_the_walk(tmp_path, kind, policy, length):
             assert p.tokens_before(first + i) == tokens
             tokens += sum(stop - start for _, start, stop in row)
         first += len(expected)
+
+
+@pytest.mark.parametrize("policy", ["split_text_keep_spans", "no_split", "one_document"])
+@pytest.mark.parametrize("length", [12, 13, 14, 33, 120])
+@pytest.mark.parametrize("delimited", [(1, 2), (1,)])
+def test_delimiters_go_with_their_media(tmp_path, policy, length, delimited):
+    """Against the walk, which reads the delimiters from the documents. Spans have up to 11 tokens: rows of 12 leave no place for both."""
+    s, p = open_plan(
+        synthetic.make_test_store(tmp_path / "s", kind="media", documents=90),
+        sequence_length=length,
+        max_audio_frames=20,
+        policy=policy,
+        delimited=delimited,
+    )
+    packing, first, cut_before = plan.Packing(length, 9, 20, 5, policy), 0, 0
+    for block in range(2):
+        items = items_of(p, s, block)
+        separate = policy != "split_text_keep_spans"
+        expected = split_by_walking(s, items, packing=packing, separate=separate, delimited=delimited)
+        if policy == "no_split":  # which parts share a row is best fit's business; what the parts are is not
+            limits = np.array((length, 9, 20))
+            whole = {d for d in range(len(s)) if (np.array([s.documents[f][d] for f in ("tokens", "patches", "frames")]) <= limits).all()}
+            assert sorted(x for i in range(p._block(block).rows) for x in p.row(first + i)) == sorted(x for row in expected for x in row)
+            assert all(x[2] - x[1] == s.documents["tokens"][x[0]] for row in expected for x in row if x[0] in whole)
+            first += p._block(block).rows
+            continue
+        assert [p.row(first + i) for i in range(len(expected))] == expected
+        first += len(expected)
+        ends = [s.read(row[-1][0]).tokens[row[-1][2] - 1] for row in expected]
+        cut_before += sum(token in (261, 263) for token in ends)
+    assert length == 12 or delimited == (1,) or cut_before == 0, "a row ends with a lone delimiter"
+
+
+def test_spans_without_delimiters_are_left_alone(tmp_path):
+    """Two spans side by side, with one token between, at the ends of the document: nothing is claimed twice or from outside."""
+    at, n = np.array([0, 4, 9, 20]), np.array([4, 4, 3, 5])
+    spans = packing.Spans.of(np.array([1, 1, 2, 1]), at=at, n=n)
+    low, high = np.array([0, 0, 0, 12]), np.array([12, 12, 12, 25])
+    assert spans.delimited(np.zeros(4, bool), low=low, high=high, longest=32).at.tolist() == at.tolist()
+    kept = spans.delimited(np.ones(4, bool), low=low, high=high, longest=32)
+    assert kept.at.tolist() == [0, 4, 9, 19]
+    assert kept.end.tolist() == [4, 9, 12, 25]
+    assert spans.delimited(np.ones(4, bool), low=low, high=high, longest=6).at.tolist() == [0, 4, 9, 20]
 
 
 @pytest.mark.parametrize("kind", ["text", "media"])
@@ -238,6 +293,67 @@ def test_best_fit_after_a_change_of_length_ends_each_window_exactly(tmp_path):
     assert start.head == ()
     order = [int(plan.permutation(300, seed=5, epoch=i // 300)[i % 300]) for i in range(start.place)]
     assert sorted(seen) == sorted((d, t) for d in order for t in range(s.documents["tokens"][d]))
+
+
+@pytest.mark.parametrize("policy", ["split_text_keep_spans", "no_split"])
+@pytest.mark.parametrize("start", [None, plan.Start((plan.Piece(3, 1, 5),), 77)])
+def test_a_milestone_spares_planning_and_changes_nothing(tmp_path, monkeypatch, policy, start):
+    monkeypatch.setattr(plan, "_BLOCK_ROWS", 16)
+    path = synthetic.make_test_store(tmp_path / "s", kind="media", documents=300)
+    _, walked = open_plan(path, policy=policy, start=start)
+    assert walked.epoch_blocks > 3
+    far = 5000
+    expected = [walked.row(i) for i in range(far + 40)]
+    milestone = walked.milestone(far)
+    assert milestone.block > 100
+    _, told = open_plan(path, policy=policy, start=start)
+    assert told.fingerprint == walked.fingerprint
+    assert told.planning(far).rows == far
+    told.remember(milestone)
+    assert told.planning(far).rows < 64
+    told._block.cache_clear()
+    assert [told.row(i) for i in range(far, far + 40)] == expected[far:]
+    assert told._block.cache_info().misses <= 6
+    assert told.tokens_before(far + 40) == walked.tokens_before(far + 40)
+    assert told.after(far + 7) == walked.after(far + 7)
+    for i in (0, 40, 333, far - 100, far - 1):  # what lies before is found too, by planning
+        assert told.row(i) == expected[i]
+    assert told.tokens_before(333) == walked.tokens_before(333)
+
+
+def test_a_plan_that_counts_otherwise_has_another_fingerprint(tmp_path, monkeypatch):
+    """Everything that a plan is made from, changed one at a time; nothing else (the path, what was read)."""
+    path = synthetic.make_test_store(tmp_path / "s", kind="media", documents=80)
+    other = synthetic.make_test_store(tmp_path / "other", kind="media", documents=80, seed=1)
+    same = synthetic.make_test_store(tmp_path / "same", kind="media", documents=80)
+    base = open_plan(path)[1].fingerprint
+    again = open_plan(same)[1]
+    again.row(3000)
+    assert again.fingerprint == base
+    changes = ({"seed": 6}, {"sequence_length": 33}, {"max_patches": 10}, {"max_audio_frames": 13}, {"policy": "no_split"})
+    changes += ({"documents": np.arange(79)}, {"documents": np.arange(80)[::-1]}, {"delimited": (1,)}, {"delimited": (2,)})
+    changes += ({"start": plan.Start((), 1)}, {"start": plan.Start((plan.Piece(0, 1, 2),), 0)})
+    found = [open_plan(path, **change)[1].fingerprint for change in changes] + [open_plan(other)[1].fingerprint]
+    for name in ("VERSION", "_BLOCK_ROWS", "_WINDOW_OF_TEXT", "_WINDOW_OF_MEDIA"):
+        with monkeypatch.context() as patch:
+            patch.setattr(plan, name, 17)
+            found.append(open_plan(path)[1].fingerprint)
+    s, moved = open_plan(path)
+    moved._store.spans = s.spans.copy()
+    moved._store.spans["at"][5] += 1
+    assert len({base, moved.fingerprint, *found}) == len(found) + 2
+
+
+def test_blocks_of_few_rows_where_media_and_not_tokens_fill_rows(tmp_path):
+    """Rows are estimated by the scarcest of the three limits; a document of many blocks' length does not make empty ones."""
+    path = synthetic.make_test_store(tmp_path / "s", kind="media", documents=3000)
+    for policy in ("split_text_keep_spans", "no_split"):
+        _, p = open_plan(path, sequence_length=60_000, policy=policy)
+        assert p.epoch_blocks > 3
+        assert 200 < p._block(0).rows < 600
+    _, p = open_plan(synthetic.make_test_store(tmp_path / "long", lengths=(20_000, 30)), sequence_length=8, policy="no_split")
+    assert p.epoch_blocks == 2
+    assert [p.row(i) for i in range(p._block(0).rows)]
 
 
 def test_far_rows_of_text_need_no_planning(tmp_path):

@@ -7,8 +7,14 @@ batch may be larger than this machine: then only the first part of it is read, e
 import argparse
 import math
 import pathlib
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from v4train.data import pipeline
 
 DEFAULT_TOKENS = {"terminal": 2_000, "html": 8_192}  # places of a row
+ANNOUNCED_SECONDS = 5  # planning that takes longer is said beforehand
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a mistake in the arguments, the recipe or its data, or a page that cannot be written.
     """
+    from v4train.checkpoint import restore, step_directory
     from v4train.cli.data_view import subject as subject_lib
     from v4train.data import pipeline
     from v4train.data.inspection import look as look_lib
@@ -43,6 +50,10 @@ def run(args: argparse.Namespace) -> int:
     recipe = subject.recipe
     hosts = 1 if args.source else _most_hosts(recipe, rows=args.rows)
     data = pipeline.Pipeline(recipe.data, batch_rows=recipe.train.batch_rows, host_index=0, host_count=hosts)
+    if args.subject.is_dir() and step_directory.list_steps(checkpoints := args.subject / "checkpoints"):
+        data.remember(restore.describe(checkpoints, verify=False).metadata.get("milestones", {}))
+    for line in _announced(data, step):
+        print(line, file=sys.stderr)
     look = look_lib.look(data, step=step, rows=args.rows, source=args.source, window=window)
     batch_rows = data.phases.at(step).shape.rows
     of = f"{'row' if len(look.rows) == 1 else 'rows'} {', '.join(str(row.number) for row in look.rows)} of {batch_rows:,}"
@@ -60,6 +71,16 @@ def run(args: argparse.Namespace) -> int:
     frame.write(inspect_page.page(look, name=subject.name, heading=heading, window=window, batch_rows=batch_rows), path=args.html)
     print(args.html)
     return 0
+
+
+def _announced(data: "pipeline.Pipeline", step: int) -> list[str]:
+    """What takes long, a line for each source."""
+    return [
+        f"{name}: {rows:,} rows before step {step:,} must be counted (about {seconds:,.0f} s): with media or `no_split` they have no "
+        "closed form, and no checkpoint has come so far"
+        for name, (rows, seconds) in data.planning(step).items()
+        if seconds > ANNOUNCED_SECONDS
+    ]
 
 
 def _check(args: argparse.Namespace) -> None:

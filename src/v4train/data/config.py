@@ -184,7 +184,7 @@ class DataConfig(base.Config):
     """Threads that read ahead, a batch each. 0 reads when a batch is asked for. More than 2 pay only for remote or slow disks."""
 
     prefetch_rows: int = pydantic.Field(default=64, ge=0)
-    """Rows of this host that are read ahead (rounded up to whole batches)."""
+    """Rows of this host that are read ahead, rounded up to whole batches; of long rows fewer, 256 MiB or one batch."""
 
     max_bad_share: float = pydantic.Field(default=0.001, ge=0, le=1)
     """A run stops, with a checkpoint, when more than this share of a source's latest documents were unreadable. They became padding."""

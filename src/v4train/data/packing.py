@@ -3,6 +3,8 @@
 ``split_text_keep_spans``
     The documents are one long text; a row is the next S tokens of it. A cut moves back to the start of a media span that it would fall
     into, and a row is closed early when the next span would exceed its budget of patches or audio frames. Text has no padding at all.
+    The tokens that delimit a span go with it: a row that ends with a lone start of an image asks the model to predict what is in
+    another row. (Only of a span that fills a row with less than two places to spare they are left to the neighbours.)
 ``no_split``
     A document is never cut. Best fit decreasing: documents, largest first, go to the row with the least room for tokens that still
     takes them, patches and frames included. Text needs at most 11/9 of the optimal rows (Johnson 1973), and with the many short
@@ -53,8 +55,8 @@ class Spans:
     """Media of a stream. A budget counts payload, so the tokens of each kind are summed up beside their places.
 
     Attributes:
-        at: first token of each span, in stream coordinates.
-        end: its last, plus 1.
+        at: first token that goes with each span, in stream coordinates: its own first, or its delimiter.
+        end: the last, plus 1.
         used: by kind, tokens of that kind in the spans before each; one entry more than there are spans.
     """
 
@@ -67,6 +69,22 @@ class Spans:
         """From kind, first token and length of each span, in order."""
         kinds = (document_lib.IMAGE, document_lib.AUDIO)
         return cls(at, at + n, {which: np.concatenate([[0], np.cumsum(np.where(kind == which, n, 0))]) for which in kinds})
+
+    def delimited(self, which: np.ndarray, *, low: np.ndarray, high: np.ndarray, longest: int) -> "Spans":
+        """With the tokens around them.
+
+        Args:
+            which: ``bool[spans]``, those that have delimiters.
+            low: ``i64[spans]``, where the document (or the part of it) begins that the span is in.
+            high: where it ends.
+            longest: spans that would have more tokens than this stay as they are.
+        """
+        which = which & (self.end - self.at + 2 <= longest)
+        previous, following = np.append(0, self.end[:-1]), np.append(self.at[1:], high[-1:])
+        at = np.maximum(self.at - which, np.maximum(low, previous))
+        end = np.minimum(self.end + which, np.minimum(high, following))
+        # A single token between two spans goes with the first.
+        return Spans(np.maximum(at, np.append(0, end[:-1])), end, self.used)
 
     def inside(self, cuts: np.ndarray) -> Int64[np.ndarray, "parts 2"]:
         """Patches and frames between consecutive cuts, none of which falls into a span."""
@@ -152,23 +170,43 @@ def _best_fit_of_text(sizes: np.ndarray, limits: tuple[int, int, int]) -> list[i
 
 
 def _best_fit_of_media(sizes: np.ndarray, limits: tuple[int, int, int]) -> list[int]:
-    """The same with three limits, for which no order helps: all open rows are compared at once."""
-    found, rows, still_open, least = [], 0, 0, sizes.min(axis=0)
-    room, name = np.zeros((64, 3), np.int64), np.zeros(64, np.int64)
-    for need in sizes:
-        fits = (room[:still_open] >= need).all(axis=1)
-        left = np.where(fits, room[:still_open, 0], limits[0] + 1)
-        at = int(left.argmin()) if still_open else 0
-        if not still_open or left[at] > limits[0]:
-            if still_open == len(room):
-                keep = (room >= least).all(axis=1)  # the others can take nothing any more
-                still_open = int(keep.sum())
-                room, name = (np.concatenate([x[keep], np.zeros_like(x)]) for x in (room, name))
-            at, still_open = still_open, still_open + 1
-            room[at], name[at], rows = limits, rows, rows + 1
-        room[at] -= need
-        found.append(int(name[at]))
+    """The same with three limits: of the rows sorted by their room for tokens, the first with room for the media too.
+
+    A row is in up to four sorted lists: of all rows, of those that can still take some image, some sound, or both. A part looks in the
+    list of what it needs. Without that, the rows whose patches are used up would be looked at again for every image.
+    """
+    found, rows = [], 0
+    least = [int(column[column > 0].min(initial=limit + 1)) for column, limit in zip(sizes.T, limits, strict=True)]
+    shortest = int(sizes[:, 0].min())
+    lists: list[list[int]] = [[], [], [], []]
+    patches_left: list[int] = []
+    frames_left: list[int] = []
+    for tokens, patches, frames in sizes.tolist():
+        here = lists[(patches > 0) + 2 * (frames > 0)]
+        for at in range(bisect.bisect_left(here, tokens << 32), len(here)):
+            name = here[at] & 0xFFFFFFFF
+            if patches_left[name] >= patches and frames_left[name] >= frames:
+                key = here[at]
+                for kinds in _kinds_of(patches_left[name] >= least[1], frames_left[name] >= least[2]):
+                    del lists[kinds][bisect.bisect_left(lists[kinds], key)]
+                break
+        else:
+            key, name, rows = (limits[0] << 32) + rows, rows, rows + 1
+            patches_left.append(limits[1])
+            frames_left.append(limits[2])
+        found.append(name)
+        key -= tokens << 32
+        patches_left[name] -= patches
+        frames_left[name] -= frames
+        if key >> 32 >= shortest:
+            for kinds in _kinds_of(patches_left[name] >= least[1], frames_left[name] >= least[2]):
+                bisect.insort(lists[kinds], key)
     return found
+
+
+def _kinds_of(images: bool, sounds: bool) -> tuple[int, ...]:
+    """The lists that a row is in: of everything, of what takes images (1), sounds (2), both (3)."""
+    return ((0,), (0, 1), (0, 2), (0, 1, 2, 3))[images + 2 * sounds]
 
 
 def _sizes(cuts: np.ndarray, spans: Spans | None) -> Int64[np.ndarray, "parts sizes"]:

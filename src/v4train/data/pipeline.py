@@ -6,10 +6,12 @@
                -> arrays of fixed shape                         collate
 
 There is no iterator state: a run resumes from one integer and a fingerprint, on any number of hosts (host h of H reads the h-th part of
-the rows of a batch), instantly, and a batch can be looked at without reading those before it. Where hosts share a row (context
-parallelism), each reads the documents of its own slice only: a row of 2^20 image tokens is gigabytes. `iterate` adds nothing but reading
-ahead, by a grain thread pool whose elements are whole batches (grain costs some 70 us an element: too much for a document, nothing for a
-batch). Rejected: grain's own packing and mixing, whose state depends on workers and which lose or shift media when a document is cut.
+the rows of a batch), at once, and a batch can be looked at without reading those before it. (Where rows have no closed form, with media or
+best fit, `milestones` of a checkpoint spare the next program to count again; without them, a far step takes time.) Where hosts share
+a row (context parallelism), each reads the documents of its own slice only: a row of 2^20 image tokens is gigabytes. `iterate` adds
+nothing but reading ahead, by a grain thread pool whose elements are whole batches (grain costs some 70 us an element: too much for a
+document, nothing for a batch). Rejected: grain's own packing and mixing, whose state depends on workers and which lose or shift media
+when a document is cut.
 
 **Phases.** Weights and the shape of batches may change with the step. A source counts its rows through changes of weights; at a change
 of shape its next plan begins with the token at which the last one has ended. What was drawn before step k therefore depends on no later
@@ -23,7 +25,7 @@ import bisect
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -32,6 +34,7 @@ import numpy as np
 from v4train.data import batch as batch_lib
 from v4train.data import collate
 from v4train.data import config as config_lib
+from v4train.data import document as document_lib
 from v4train.data import history as history_lib
 from v4train.data import mixture as mixture_lib
 from v4train.data import phases as phases_lib
@@ -41,6 +44,7 @@ from v4train.data import tokenizer as tokenizer_lib
 
 Split = Literal["train", "holdout"]
 _CACHE_BYTES = 2**26  # of decoded documents, all sources together
+_AHEAD_BYTES = 2**28  # of batches that are read ahead, one of them in any case
 
 
 class Amount(NamedTuple):
@@ -115,12 +119,22 @@ class Pipeline:
         for phase in self.phases.phases:
             if not self._row_shapes or self._row_shapes[-1][0] != phase.shape.row:
                 self._row_shapes.append((phase.shape.row, phase.first_row))
+        self._milestones: dict[str, plan_lib.Milestone] = {}  # by fingerprint of a plan
         self.documents = functools.cache(self._select)
         self._plan = functools.cache(self._make_plan)
         for i in range(len(stores)):
             self._plan(i, split, 0)
             for shape in {shape for shape, _ in self._row_shapes[1:]}:  # a span that no row can hold is better found now
                 plan_lib.Plan(stores[i], documents=self.documents(i, split), packing=self._packing(i, shape))
+
+    def _delimited(self, source: int) -> list[int]:
+        """Kinds of media that have delimiters in a store. Its counts of ids say so: text is never control, so only media brings them."""
+        if not len(self.stores[source].spans):
+            return []
+        tokenizer, counts = self.tokenizer, self.stores[source].histogram
+        kinds = {document_lib.IMAGE: (tokenizer.image_start, tokenizer.image_end)}
+        kinds |= {document_lib.AUDIO: (tokenizer.audio_start, tokenizer.audio_end)}
+        return [kind for kind, ids in kinds.items() if all(counts[i] for i in ids)]
 
     def _check_division(self) -> None:
         hosts, slices = self._host_count, self._context_count
@@ -149,7 +163,13 @@ class Pipeline:
         if part:
             start = self._plan(source, split, part - 1).after(self._rows_in_part(source, part - 1))
         documents, packing = self.documents(source, split), self._packing(source, self._row_shapes[part][0])
-        return plan_lib.Plan(self._readers[source].store, documents=documents, packing=packing, start=start)
+        plan = plan_lib.Plan(self.stores[source], documents=documents, packing=packing, start=start, delimited=self._delimited(source))
+        self._remind(plan)
+        return plan
+
+    def _remind(self, plan: plan_lib.Plan) -> None:
+        if self._milestones and not plan.closed_form and (found := self._milestones.get(plan.fingerprint)) is not None:
+            plan.remember(found)
 
     def _rows_in_part(self, source: int, part: int) -> int:
         first, end = (self.mixture.rows_before(self._row_shapes[i][1])[source] for i in (part, part + 1))
@@ -171,16 +191,8 @@ class Pipeline:
         return self._collate(rows, split=self._split, part=part)
 
     def _collate(self, rows: list[mixture_lib.SourceRow], *, split: Split, part: int) -> batch_lib.Batch:
-        length, *budgets = self._row_shapes[part][0]
-        width = length // self._context_count
-        patches, frames = (min(budget, width) for budget in budgets) if self._context_count > 1 else budgets
-        batch = batch_lib.allocate(
-            len(rows),
-            sequence_length=width,
-            max_patches=patches,
-            max_audio_frames=frames,
-            image_patch=self._config.image_patch,
-        )
+        batch = self._allocate(len(rows), self._row_shapes[part][0])
+        width = batch.tokens.shape[1]
         batch.source[...] = [source for source, _ in rows]
         start = self._context_index * width
         slices = [self._plan(source, split, part).slice(row, start=start, stop=start + width) for source, row in rows]
@@ -188,11 +200,21 @@ class Pipeline:
         collate.fill(batch, parts, tokenizer=self.tokenizer)
         return batch
 
+    def _allocate(self, rows: int, shape: phases_lib.RowShape) -> batch_lib.Batch:
+        length, *budgets = shape
+        width = length // self._context_count
+        patches, frames = (min(budget, width) for budget in budgets) if self._context_count > 1 else budgets
+        return batch_lib.allocate(
+            rows,
+            sequence_length=width,
+            max_patches=patches,
+            max_audio_frames=frames,
+            image_patch=self._config.image_patch,
+        )
+
     def iterate(self, start_step: int) -> Iterator[batch_lib.Batch]:
         """Batches ``start_step``, ``start_step + 1``, ... without end, read ahead by threads."""
-        local, ahead = self.phases.at(start_step).shape.rows // self._host_count, 0
-        if self._config.read_threads:
-            ahead = -(-self._config.prefetch_rows // local)
+        ahead = self._batches_ahead(start_step) if self._config.read_threads else 0
         threads = min(self._config.read_threads, ahead)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0)
         iterator = iter(grain.MapDataset.source(_Steps(self.batch, start=start_step)).to_iter_dataset(options))
@@ -200,6 +222,16 @@ class Pipeline:
             yield from iterator
         finally:
             iterator.close()
+
+    def _batches_ahead(self, step: int) -> int:
+        """As many as ``prefetch_rows`` are, but of no more than `_AHEAD_BYTES`, unless it is one; a later phase may have the largest."""
+        wanted = -(-self._config.prefetch_rows // (self.phases.at(step).shape.rows // self._host_count))
+        shapes = {self.phases.at(step).shape, *(phase.shape for phase in self.phases.phases if phase.first_step > step)}
+        largest = max(shape.rows // self._host_count * self._row_bytes(shape.row) for shape in shapes)
+        return min(wanted, max(1, _AHEAD_BYTES // largest))
+
+    def _row_bytes(self, shape: phases_lib.RowShape) -> int:
+        return sum(array.nbytes for array in vars(self._allocate(1, shape)).values())
 
     def holdout_batches(self, source_name: str, *, batches: int, batch_rows: int) -> Iterator[batch_lib.Batch]:
         """This host's part of ``batches`` batches of one source's held-out documents; always the same, from the start again if few.
@@ -230,14 +262,52 @@ class Pipeline:
 
     def amounts(self, step: int) -> dict[str, Amount]:
         """What of each source was drawn before ``step``, exactly and without reading. Media, and best fit, are planned up to there."""
-        found = {}
-        rows = self.mixture.rows_before(self.phases.rows_before(step))
-        last = self._part(max(self.phases.rows_before(step) - 1, 0))
-        before = self.mixture.rows_before(self._row_shapes[last][1])
+        rows, tokens = self.mixture.rows_before(self.phases.rows_before(step)), dict.fromkeys(self.sources, 0)
+        for name, plan, n in self._plans_before(step):
+            tokens[name] += plan.tokens_before(n)
+        once = {name: self._plan(i, self._split, 0).epoch_tokens for i, name in enumerate(self.sources)}
+        return {name: Amount(n, tokens[name], tokens[name] / once[name]) for name, n in zip(self.sources, rows, strict=True)}
+
+    def _plans_before(self, step: int) -> Iterator[tuple[str, plan_lib.Plan, int]]:
+        """Source, plan and the number of its rows before ``step``, of each shape of row up to there."""
+        end = self.phases.rows_before(step)
+        last = self._part(max(end - 1, 0))
+        rows, before = self.mixture.rows_before(end), self.mixture.rows_before(self._row_shapes[last][1])
         for i, name in enumerate(self.sources):
-            tokens = self._plan(i, self._split, last).tokens_before(rows[i] - before[i])
-            tokens += sum(self._plan(i, self._split, part).tokens_before(self._rows_in_part(i, part)) for part in range(last))
-            found[name] = Amount(rows[i], tokens, tokens / self._plan(i, self._split, 0).epoch_tokens)
+            for part in range(last):
+                yield name, self._plan(i, self._split, part), self._rows_in_part(i, part)
+            yield name, self._plan(i, self._split, last), rows[i] - before[i]
+
+    def milestones(self, step: int) -> dict[str, list[int]]:
+        """What the plans counted on the way to ``step``, for `remember`; JSON, a few integers for each source and shape of row."""
+        found = {}
+        for _, plan, n in self._plans_before(step):
+            if not plan.closed_form and (milestone := plan.milestone(n)).block:
+                found[plan.fingerprint] = list(milestone)
+        return found
+
+    def remember(self, milestones: Mapping[str, Sequence[int]]) -> None:
+        """Takes over what `milestones` returned in an earlier program, so that steps from there on are found without planning those before.
+
+        Changes no row: what belongs to other documents, or to another way of packing them, is left aside.
+        """
+        self._milestones |= {key: plan_lib.Milestone(*numbers) for key, numbers in milestones.items()}
+        for source in range(len(self.sources)):
+            self._remind(self._plan(source, self._split, 0))
+
+    def planning(self, step: int) -> dict[str, plan_lib.Planning]:
+        """By source, what must be planned before batch ``step`` is found; sources of which nothing must are left out.
+
+        Shapes of rows after the first are taken to be unknown.
+        """
+        row, found = self.phases.rows_before(step), {}
+        rows = self.mixture.rows_before(row)
+        before = self.mixture.rows_before(self._row_shapes[1][1] if self._part(row) else row)
+        for i, name in enumerate(self.sources):
+            first = self._plan(i, self._split, 0).planning(before[i])
+            if first.rows:
+                scale = 1 + (rows[i] - before[i]) / first.rows
+                found[name] = plan_lib.Planning(first.rows + rows[i] - before[i], first.seconds * scale)
         return found
 
     def epochs_by_source(self, step: int) -> dict[str, float]:

@@ -2,14 +2,21 @@
 
 A source's documents are an endless *stream*: epoch after epoch, each in its own random order. The stream is taken in *blocks* of about
 256 rows or more (fewer, of very long rows), every block is cut into rows by itself (`packing` has the three policies), and what is
-missing to S in its last row is padding. Under ``split_text_keep_spans`` and ``one_document`` a block is a whole number of epochs (one,
-except for tiny stores), and one epoch follows another inside a row without a seam. Under ``no_split`` a block is the window that best
-fit looks at, so a large epoch is several blocks, and its rows are shuffled, because best fit deals the large documents first.
+missing to S in its last row is padding. Text that may be split, and ``one_document``, have blocks of whole epochs (one, except for tiny
+stores), and one epoch follows another inside a row without a seam. Of ``no_split``, and where there are media, a large epoch is several
+blocks: the window that best fit looks at, and as much as is planned at a time. Rows of ``no_split`` are shuffled within their block,
+because best fit deals the large documents first.
 
 Everything is a function of (index, start, S, P, A, seed, policy), never of what was read before: ``row(i)`` is two binary searches. Text
 that may be split, and one document a row, are closed form. Else a block's number of rows is known only when it is planned, so to find
-row i all blocks before it are planned once: 1 to 2 us a document, 20 us where best fit weighs media. A continued
+row i all blocks before it are planned once: 1 to 2 us a document, 3 to 10 us where best fit weighs media. A continued
 document keeps its true positions. Memory is about 40 bytes a document; a store of more than some 10^8 documents should be split.
+
+**Milestones.** A run that goes on would plan all its past blocks again only to count their rows. So what was counted can be kept: a
+`Milestone` is the number of a block and the rows and tokens before it, three integers for any position. It saves time and decides nothing:
+it is taken only where the `fingerprint`, a hash of everything that the counts depend on (the documents themselves, not their names), is
+the same, and without it the same rows are found by planning. (Rejected: blocks of a fixed number of rows, which would be closed form.
+What a block does not fill would be padding, or spill into the next, and then the next depends on all before it.)
 
 **A change of S.** A plan has one shape of row. The plan of the next shape begins where this one has come to: `after(n)` is the `Start`
 that holds what rows before n have left over (the rest of a document, or the documents of a window that best fit had put into
@@ -19,22 +26,26 @@ Rejected: iterator packers (concat-then-split, first-fit), whose state must be s
 loses or shifts media.
 """
 
+import array
 import bisect
 import dataclasses
 import functools
 import math
 import threading
+import time
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
 from v4train.data import document as document_lib
 from v4train.data import packing as packing_lib
 from v4train.data import store as store_lib
 
-VERSION = 2  # goes into fingerprints: change it with any change to which tokens a row holds
+VERSION = 3  # goes into fingerprints: change it with any change to which tokens a row holds
 _BLOCK_ROWS = 256
-_WINDOW_OF_TEXT, _WINDOW_OF_MEDIA = 2**18, 2**16  # documents that best fit looks at, at most: a second or so
+_WINDOW_OF_TEXT, _WINDOW_OF_MEDIA = 2**18, 2**16  # documents that are planned together, at most: half a second or so
 _SHUFFLE_ROWS = 2**62  # seeds of row orders, told apart from epochs' seeds
 
 Packing = packing_lib.Packing
@@ -53,6 +64,21 @@ class Start(NamedTuple):
 
     head: tuple[Piece, ...] = ()
     place: int = 0
+
+
+class Milestone(NamedTuple):
+    """Of a plan: the number of a block, counted from the plan's first, and the rows and tokens before it."""
+
+    block: int
+    rows: int
+    tokens: int
+
+
+class Planning(NamedTuple):
+    """Rows that must be planned, only to be counted, and about how many seconds that takes."""
+
+    rows: int
+    seconds: float
 
 
 class Slice(NamedTuple):
@@ -130,12 +156,21 @@ class Plan:
 
     Attributes:
         epoch_tokens: tokens of the documents, once.
+        closed_form: whether any row is found without planning what is before it.
         block_epochs: epochs that are planned together.
         epoch_blocks: blocks that an epoch is planned in; this or ``block_epochs`` is 1.
         start: where it begins.
     """
 
-    def __init__(self, store: store_lib.Store, *, documents: np.ndarray, packing: Packing, start: Start | None = None):
+    def __init__(
+        self,
+        store: store_lib.Store,
+        *,
+        documents: np.ndarray,
+        packing: Packing,
+        start: Start | None = None,
+        delimited: Collection[int] = (),
+    ):
         """Plans over a subset of a store.
 
         Args:
@@ -143,31 +178,74 @@ class Plan:
             documents: ``i64[n]`` numbers of the documents to use.
             packing: how to cut.
             start: where an earlier plan over the same documents, of another shape, has come to (`after`).
+            delimited: kinds of media whose spans have a token before and behind them that belongs to them.
 
         Raises:
             ValueError: no documents, or a media span that no row can hold.
         """
         if not len(documents):
             raise ValueError(f"data store {store.path}: no documents in this split; change `holdout` or use a larger store")
-        self._store, self._packing, self._documents = store, packing, documents
+        self._store, self._packing, self._documents, self._delimited = store, packing, documents, tuple(sorted(delimited))
         self.start = start or Start()
         self._lengths = store.documents["tokens"][documents].astype(np.int64)
         self._has_media = bool(store.documents["spans"][documents].any())
         self._check_spans()
         self.epoch_tokens = int(self._lengths.sum())
-        epochs = _BLOCK_ROWS * packing.sequence_length / self.epoch_tokens
-        self.block_epochs, self.epoch_blocks = max(1, math.ceil(epochs)), 1
-        if packing.policy == "no_split":
-            most = _WINDOW_OF_MEDIA if self._has_media else _WINDOW_OF_TEXT
-            self.block_epochs = max(1, min(self.block_epochs, most // len(documents)))
-            self.epoch_blocks = max(1, math.floor(1 / epochs), math.ceil(len(documents) / most))
+        self.block_epochs, self.epoch_blocks = self._divide()
         self._first = self._block_of(self.start.place)
-        # Rows of every block but the first are known without planning it: their number does not depend on the documents' order.
-        self._same_rows = packing.policy == "one_document" or (packing.policy == "split_text_keep_spans" and not self._has_media)
-        self._rows, self._tokens = [0], [0]  # of the blocks before each that was planned
+        self.closed_form = packing.policy == "one_document" or (packing.policy == "split_text_keep_spans" and not self._has_media)
+        self._sums = [_Sums.at(Milestone(0, 0, 0))]
         self._lock = threading.RLock()
         self._order = functools.lru_cache(maxsize=2)(lambda epoch: permutation(len(documents), seed=packing.seed, epoch=epoch))
         self._block = functools.lru_cache(maxsize=3)(self._plan_block)
+
+    def _divide(self) -> tuple[int, int]:
+        """Epochs of a block, blocks of an epoch."""
+        used = [self.epoch_tokens]
+        if self._has_media:
+            used += [int(self._store.documents[kind][self._documents].sum(dtype=np.int64)) for kind in ("patches", "frames")]
+        rows = max(n / max(1, limit) for n, limit in zip(used, self._packing.limits, strict=False))
+        n, most = len(self._documents), _WINDOW_OF_TEXT
+        epochs = max(1, math.ceil(_BLOCK_ROWS / rows))
+        if self._packing.policy == "one_document" or not (self._has_media or self._packing.policy == "no_split"):
+            return epochs, 1
+        if self._packing.policy == "no_split" and self._has_media:
+            most = _WINDOW_OF_MEDIA
+        return max(1, min(epochs, most // n)), min(n, max(1, math.floor(rows / _BLOCK_ROWS), math.ceil(n / most)))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of everything that the number of rows of each block depends on."""
+        constants = (VERSION, _BLOCK_ROWS, _WINDOW_OF_TEXT, _WINDOW_OF_MEDIA)
+        parts = (constants, dataclasses.astuple(self._packing), self._delimited, tuple(self.start.head), self.start.place)
+        digest = xxhash.xxh3_128(repr((*parts, len(self._documents))).encode())
+        spans = self._store.documents["spans"][self._documents] if self._has_media else np.zeros(0, np.uint32)
+        of_media = self._store.spans if self._has_media else np.zeros(0, document_lib.SPAN)
+        for values in (self._documents, self._lengths, spans, of_media):
+            digest.update(np.ascontiguousarray(values).view(np.uint8).data)
+        return digest.hexdigest()
+
+    def milestone(self, n: int) -> Milestone:
+        """Of the block of row ``n``."""
+        with self._lock:
+            return self._locate(n)[0]
+
+    def remember(self, milestone: Milestone) -> None:
+        """Takes over what `milestone` said of a plan with this one's `fingerprint`; rows behind it are found from there."""
+        with self._lock:
+            if milestone.block > 0 and all(milestone.rows != sums.rows[0] for sums in self._sums):
+                self._sums = sorted([*self._sums, _Sums.at(milestone)], key=lambda sums: sums.rows[0])
+
+    def planning(self, n: int) -> Planning:
+        """What it takes to find row ``n``."""
+        with self._lock:
+            known = self._sums[bisect.bisect_right(self._sums, n, key=lambda sums: sums.rows[0]) - 1].rows[-1]
+            rows = 0 if self.closed_form else max(0, n - known)
+            if not rows:
+                return Planning(0, 0.0)
+            started = time.perf_counter()
+            planned = self._plan_block(0).rows
+            return Planning(rows, rows / planned * (time.perf_counter() - started))
 
     def _check_spans(self) -> None:
         if not self._has_media:
@@ -192,21 +270,20 @@ class Plan:
     def slice(self, i: int, *, start: int, stop: int) -> Slice:
         """Places ``start:stop`` of row ``i``. What the rest of the row holds is not looked at."""
         with self._lock:
-            number, row = self._locate(i)
-            block = self._block(number)
+            before, row = self._locate(i)
+            block = self._block(before.block)
         return block.slice(row, start=start, stop=stop)
 
     def tokens_before(self, n: int) -> int:
         """Tokens of the first ``n`` rows, padding left out."""
         with self._lock:
-            number, row = self._locate(n)
-            before = self._tokens[number] if number < len(self._tokens) else self._tokens[1] + (number - 1) * self._block_tokens()
-            return before + (int(self._block(number).cuts[row]) if row else 0)
+            before, row = self._locate(n)
+            return before.tokens + (int(self._block(before.block).cuts[row]) if row else 0)
 
     def after(self, n: int) -> Start:
         """Where a plan of another shape goes on after the first ``n`` rows of this one."""
         with self._lock:
-            number, row = self._locate(n)
+            (number, *_), row = self._locate(n)
             low, high = self._places(number)
             head = self.start.head if number == 0 else ()
             if not row:
@@ -219,7 +296,7 @@ class Plan:
         rest = _listed(block.pieces(cut, int(block.starts[item + 1])))
         if item < len(head):
             return Start((*rest, *head[item + 1 :]), low)
-        split = cut > block.starts[item]
+        split = bool(cut > block.starts[item])
         return Start(tuple(rest) if split else (), low + item - len(head) + split)
 
     def fill(self) -> float:
@@ -247,31 +324,31 @@ class Plan:
             low, high = epoch * n + self._window(window), epoch * n + self._window(window + 1)
         return (self.start.place, high) if number == 0 else (low, high)
 
-    def _block_tokens(self) -> int:
-        return self.block_epochs * self.epoch_tokens
-
-    def _locate(self, i: int) -> tuple[int, int]:
+    def _locate(self, i: int) -> tuple[Milestone, int]:
         """The block of row ``i``, and the row's number in it."""
-        while self._rows[-1] <= i and not (self._same_rows and len(self._rows) == 3):
-            self._count(len(self._rows) - 1)
-        if self._rows[-1] <= i:
-            first, second = self._rows[1:]
+        sums = self._sums[bisect.bisect_right(self._sums, i, key=lambda sums: sums.rows[0]) - 1]
+        while sums.rows[-1] <= i and not (self.closed_form and len(sums.rows) == 3):
+            self._count(sums)
+        if sums.rows[-1] <= i:
+            # All blocks but the first have the same numbers of rows and tokens: they do not depend on the documents' order.
+            (_, first, second), tokens = sums.rows, sums.tokens[1]
             number, row = divmod(i - first, second - first)
-            return 1 + number, row
-        number = bisect.bisect_right(self._rows, i) - 1
-        return number, i - self._rows[number]
+            return Milestone(1 + number, i - row, tokens + number * (sums.tokens[2] - tokens)), row
+        k = bisect.bisect_right(sums.rows, i) - 1
+        return Milestone(sums.first + k, sums.rows[k], sums.tokens[k]), i - sums.rows[k]
 
-    def _count(self, number: int) -> None:
-        """Adds block ``number`` to the sums of rows and tokens."""
+    def _count(self, sums: "_Sums") -> None:
+        """Adds one more block."""
+        number = sums.first + len(sums.rows) - 1
         if self._packing.policy == "split_text_keep_spans" and not self._has_media:
             whole = number > 0 or self.start == Start()
-            tokens = self._block_tokens() if whole else int(self._items(number)[2].sum())
+            tokens = self.block_epochs * self.epoch_tokens if whole else int(self._items(number)[2].sum())
             rows = -(-tokens // self._packing.sequence_length)
         else:
             block = self._block(number)
             rows, tokens = block.rows, int(block.cuts[-1])
-        self._rows.append(self._rows[-1] + rows)
-        self._tokens.append(self._tokens[-1] + tokens)
+        sums.rows.append(sums.rows[-1] + rows)
+        sums.tokens.append(sums.tokens[-1] + tokens)
 
     def _items(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Document, first token and length of each item of a block, before it is cut."""
@@ -310,7 +387,24 @@ class Plan:
         at = spans["at"] - np.repeat(offsets, counts)
         inside = (at >= 0) & (at < np.repeat(lengths, counts))
         at = (at + np.repeat(starts[:-1], counts))[inside]
-        return packing_lib.Spans.of(spans["kind"][inside], at=at, n=spans["n"][inside].astype(np.int64))
+        kind, low, high = spans["kind"][inside], np.repeat(starts[:-1], counts)[inside], np.repeat(starts[1:], counts)[inside]
+        found = packing_lib.Spans.of(kind, at=at, n=spans["n"][inside].astype(np.int64))
+        if not self._delimited:
+            return found
+        return found.delimited(np.isin(kind, self._delimited), low=low, high=high, longest=self._packing.sequence_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+    """Rows and tokens before consecutive blocks, of which the first is number ``first`` and the last is not planned yet."""
+
+    first: int
+    rows: array.array
+    tokens: array.array
+
+    @classmethod
+    def at(cls, milestone: Milestone) -> "_Sums":
+        return cls(milestone.block, array.array("q", [milestone.rows]), array.array("q", [milestone.tokens]))
 
 
 def _listed(pieces: store_lib.Pieces) -> list[Piece]:

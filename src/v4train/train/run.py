@@ -77,6 +77,7 @@ def run(loaded: load.Loaded[recipe_lib.Recipe], *, program_started: float) -> Ou
             if found is not None:
                 initial.check_is_run(found.metadata, directory)
                 _check_same(found.metadata, metadata, parts.data.history(found.step), directory)
+                parts.data.remember(found.metadata.get("milestones", {}))
                 if (summary := _nothing_to_do(recipe, directory, step=found.step)) is not None:
                     return Outcome(summary, None)
             _write_recipe(directory, loaded)
@@ -224,7 +225,8 @@ def _quarantine(directory: pathlib.Path) -> pathlib.Path:
 
 def _describe(parts: build.Parts, metadata: dict[str, Any], step: int) -> dict[str, Any]:
     """What a checkpoint says beside its arrays."""
-    return {**metadata, "data": parts.data.fingerprint_before(step), "history": parts.data.history(step)}
+    data = parts.data
+    return {**metadata, "data": data.fingerprint_before(step), "history": data.history(step), "milestones": data.milestones(step)}
 
 
 def _check_same(saved: dict[str, Any], current: dict[str, Any], past: dict[str, Any], directory: pathlib.Path) -> None:
