@@ -50,16 +50,19 @@ class Prompt:
         return len(self.tokens)
 
     def chunk(self, start: int, *, size: int) -> context_lib.Inputs:
-        """One row with the tokens from ``start`` on, at most ``size``, padded to ``size``; so are its media, if it has any."""
+        """One row with the tokens from ``start`` on, at most ``size``, padded to ``size``.
+
+        If there are media among them, all kinds that the prompt has come along, padded to ``size``: each set of kinds is a shape to compile.
+        """
         span = slice(start, min(start + size, len(self)))
         modality = _padded(self.modality[span], size)
         positions: Any = start + np.arange(size, dtype=np.int32)
         real = positions < len(self)
         media: dict[str, Any] = {}
         for kind, values in ((1, self.patches), (2, self.audio)):
-            here = modality == kind
-            if values is None or not here.any():
+            if values is None or not modality.any():
                 continue
+            here = modality == kind
             first = int(np.count_nonzero(self.modality[:start] == kind))
             own = slice(first, first + int(here.sum()))
             slots = np.where(here, np.cumsum(here) - 1, -1).astype(np.int32)[None]
