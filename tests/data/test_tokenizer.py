@@ -40,6 +40,45 @@ def test_foreign_ids_are_refused():
         tokenizer.ByteTokenizer().decode(np.array([300]))
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> pathlib.Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "v4train" / "tokenizers"
+
+
+def facts_of(t):
+    return [t.fingerprint, t.vocab_size, t.media_token_ids, t.never_targets, t.eos, t.encode("<s> the").tolist(), t.decode(np.arange(269))]
+
+
+def test_what_is_kept_of_a_file_changes_nothing(json_file, cache, monkeypatch):
+    """Found out, remembered, forgotten, damaged, not writable: always the same; and nothing of the file is parsed for what is kept."""
+    found = facts_of(huggingface(json_file, bos="<s>"))
+    (kept,) = cache.iterdir()
+    content = kept.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "_parse", lambda *_, **__: pytest.fail("the file was parsed"))
+        assert huggingface(json_file, bos="<s>").fingerprint == found[0]
+    assert facts_of(huggingface(json_file, bos="<s>")) == found
+    for damage in (
+        "",
+        "{}",
+        "[]",
+        content[:-9],
+        content.replace('"ids": {', '"ids": {"x": "y"}, "_": {'),
+        content.replace('"eos": ', '"eos": "1'),
+    ):
+        kept.write_text(damage)
+        assert facts_of(huggingface(json_file, bos="<s>")) == found
+        assert kept.read_text() == content
+    # Other specials and other bytes are other entries.
+    assert huggingface(json_file).fingerprint != found[0]
+    json_file.write_text(json_file.read_text().replace("<think>", "<other>"))
+    assert huggingface(json_file, bos="<s>").fingerprint != found[0]
+    assert len(list(cache.iterdir())) == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", str(json_file))  # a file, where nothing can be kept
+    assert huggingface(json_file, bos="<s>").vocab_size == found[1]
+
+
 @pytest.fixture
 def json_file(tmp_path) -> pathlib.Path:
     """A byte-level BPE of 256 + 3 merges + 2 added tokens, one of them not "special" in the library's sense."""

@@ -243,9 +243,12 @@ class Plan:
             rows = 0 if self.closed_form else max(0, n - known)
             if not rows:
                 return Planning(0, 0.0)
-            started = time.perf_counter()
-            planned = self._plan_block(0).rows
-            return Planning(rows, rows / planned * (time.perf_counter() - started))
+            seconds = []
+            for _ in range(3):  # the first finds cold caches
+                started = time.perf_counter()
+                planned = self._plan_block(0).rows
+                seconds.append((time.perf_counter() - started) / planned)
+            return Planning(rows, rows * min(seconds))
 
     def _check_spans(self) -> None:
         if not self._has_media:

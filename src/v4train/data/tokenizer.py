@@ -15,18 +15,22 @@ text as the characters it is; special ids come only from the code that composes 
 parse them and to forbid the media ones, lets every corpus inject control tokens.)
 
 The fingerprint is a hash of what each id means. It is written into every store and, through the data's fingerprint, into every
-checkpoint: ids of one tokenizer read by another are not an error that anything else could notice.
+checkpoint: ids of one tokenizer read by another are not an error that anything else could notice. To take it of a file of 129,280 ids
+costs most of a second, at every start; so what was found out is kept in the user's cache directory, under the digest of the file's bytes
+and the choice of specials. Without that directory everything is the same, only slower.
 
 A media item is written into the token stream as ``start, placeholder x n, end``: one placeholder for each patch or audio frame. The
 placeholders carry no content (the model replaces their embedding by the stem's output), therefore neither they nor the delimiters
 are ever targets of the text loss: `media_token_ids` lists them, `never_targets` adds padding and begin-of-sequence.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
+import os
 import pathlib
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -34,6 +38,7 @@ from v4train.data import config as config_lib
 
 SPECIALS = ("bos", "eos", "pad", "image", "audio", "image_start", "image_end", "audio_start", "audio_end")
 
+_CACHE_VERSION = 1  # change it with anything that `JsonTokenizer` finds out about a file
 DEEPSEEK_IDS = 129_280
 DEEPSEEK_SPECIALS = config_lib.SpecialTokensConfig(
     bos="<｜begin▁of▁sentence｜>",
@@ -126,31 +131,52 @@ class JsonTokenizer:
         Raises:
             ValueError: the file is missing or is no tokenizer, or a special is not in it or stands for two things.
         """
+        self._path, self._raw = pathlib.Path(path), _read(pathlib.Path(path))
+        key = hashlib.sha256(
+            json.dumps([_CACHE_VERSION, hashlib.sha256(self._raw).hexdigest(), specials.model_dump()]).encode()
+        ).hexdigest()
+        facts = _recall(key)
+        if facts is None:
+            facts = self._examine(specials)
+            _keep(key, facts)
+        ids, self._file_ids, self._fingerprint = facts
+        self._added = tuple(name for name in SPECIALS if ids[name] >= self._file_ids)
+        self.bos, self.eos, self.pad, self.image, self.audio, *frames = (ids[name] for name in SPECIALS)
+        self.image_start, self.image_end, self.audio_start, self.audio_end = frames
+        self.vocab_size = self._file_ids + len(self._added)
+
+    @functools.cached_property
+    def _file(self) -> Any:
+        """The library's tokenizer, made when text is first encoded or decoded: training does neither."""
         import tokenizers
 
-        content = _read(pathlib.Path(path))
         try:
-            self._file = tokenizers.Tokenizer.from_str(json.dumps(content))
+            file = tokenizers.Tokenizer.from_str(json.dumps(_parse(self._raw, path=self._path)))
+        except ValueError:
+            raise
         except Exception as error:  # the library raises a bare Exception with the reason
-            raise ValueError(f"tokenizer {path}: not a file of the `tokenizers` library ({error}); name its tokenizer.json") from None
-        self._file.encode_special_tokens = True  # text is never control
+            message = f"tokenizer {self._path}: not a file of the `tokenizers` library ({error}); name its tokenizer.json"
+            raise ValueError(message) from None
+        file.encode_special_tokens = True  # text is never control
+        return file
+
+    def _examine(self, specials: config_lib.SpecialTokensConfig) -> "_Facts":
+        """Reads the whole vocabulary, and checks it."""
+        path, content = self._path, _parse(self._raw, path=self._path)
         ids: dict[str, int] = dict.fromkeys(SPECIALS, -1)
         for name, text in specials.model_dump().items():
             found = self._file.token_to_id(text) if text is not None else -1
             if found is None:
                 raise ValueError(f"tokenizer {path}: specials.{name} is {text!r}, which is not one of its tokens; leave it out to add one")
             ids[name] = found
-        self._file_ids = 1 + max(self._file.get_vocab(with_added_tokens=True).values())
-        self._added = tuple(name for name in SPECIALS if ids[name] < 0)
-        ids |= {name: self._file_ids + i for i, name in enumerate(self._added)}
+        file_ids = 1 + max(self._file.get_vocab(with_added_tokens=True).values())
+        ids |= {name: file_ids + i for i, name in enumerate(name for name in SPECIALS if ids[name] < 0)}
         same = [name for name in SPECIALS if list(ids.values()).count(ids[name]) > 1]
         if same:
             raise ValueError(f"tokenizer {path}: specials {', '.join(same)} are the same token {ids[same[0]]}; give each its own")
-        self.bos, self.eos, self.pad, self.image, self.audio, *frames = (ids[name] for name in SPECIALS)
-        self.image_start, self.image_end, self.audio_start, self.audio_end = frames
-        self.vocab_size = self._file_ids + len(self._added)
         meaning = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
-        self._fingerprint = hashlib.sha256(json.dumps(["json", meaning, ids], sort_keys=True).encode()).hexdigest()
+        fingerprint = hashlib.sha256(json.dumps(["json", meaning, ids], sort_keys=True).encode()).hexdigest()
+        return _Facts(ids, file_ids, fingerprint)
 
     @property
     def fingerprint(self) -> str:
@@ -188,11 +214,51 @@ class JsonTokenizer:
         return self._file.decode(ids, skip_special_tokens=False)
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+class _Facts(NamedTuple):
+    """What is expensive to know of a file and a choice of specials: ids of `SPECIALS`, how many ids the file has, the fingerprint."""
+
+    ids: dict[str, int]
+    file_ids: int
+    fingerprint: str
+
+
+def _cache_file(key: str) -> pathlib.Path:
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "v4train" / "tokenizers" / f"{key}.json"
+
+
+def _recall(key: str) -> _Facts | None:
+    """What an earlier program found out; None if there is nothing, or something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        facts = _Facts(**json.loads(_cache_file(key).read_text()))
+        whole = all(type(facts.ids[name]) is int for name in SPECIALS) and type(facts.file_ids) is int and len(facts.fingerprint) == 64
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError):
+        return None
+    return facts if whole else None
+
+
+def _keep(key: str, facts: _Facts) -> None:
+    """Best effort: where the directory cannot be written, the next program takes its time again."""
+    try:
+        path = _cache_file(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(facts._asdict()))
+        partial.replace(path)
+    except (OSError, RuntimeError):
+        return
+
+
+def _read(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
     except OSError as error:
         raise ValueError(f"tokenizer {path}: {error.strerror} (from {pathlib.Path.cwd()}); correct the path") from None
+
+
+def _parse(raw: bytes, *, path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(raw.decode("utf-8"))
     except ValueError as error:
         raise ValueError(f"tokenizer {path}: not JSON ({error}); name the model's tokenizer.json") from None
     if not isinstance(content, dict) or "model" not in content:
