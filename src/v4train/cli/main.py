@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("v4train.cli.train", "train a model from a recipe"),
     "data": ("v4train.cli.data", "prepare data for training, and look at them"),
     "convert": ("v4train.cli.convert", "read and write open weights"),
+    "generate": ("v4train.cli.generate", "continue a prompt of text, images and sound"),
     "score": ("v4train.cli.score", "compute logits, loss and gradient norm of a checkpoint on given tokens"),
     "bench": ("v4train.cli.bench", "measure speed"),
     "report": ("v4train.cli.report", "show what a run did"),
