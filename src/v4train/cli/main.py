@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("v4train.cli.data", "prepare data for training, and look at them"),
     "convert": ("v4train.cli.convert", "read and write open weights"),
     "generate": ("v4train.cli.generate", "continue a prompt of text, images and sound"),
-    "score": ("v4train.cli.score", "compute logits, loss and gradient norm of a checkpoint on given tokens"),
+    "score": ("v4train.cli.score", "logits, loss and gradient norm of a checkpoint on given tokens"),
     "bench": ("v4train.cli.bench", "measure speed"),
     "report": ("v4train.cli.report", "show what a run did"),
 }
