@@ -52,7 +52,7 @@ class Prompt:
     def chunk(self, start: int, *, size: int) -> context_lib.Inputs:
         """One row with the tokens from ``start`` on, at most ``size``, padded to ``size``.
 
-        If there are media among them, all kinds that the prompt has come along, padded to ``size``: each set of kinds is a shape to compile.
+        If there are media among them, all kinds that the prompt has come along, padded to ``size``: each set of kinds is compiled once.
         """
         span = slice(start, min(start + size, len(self)))
         modality = _padded(self.modality[span], size)
