@@ -22,6 +22,7 @@ PAGES = (
     "README.md",
     "docs/architecture.md",
     "docs/data.md",
+    "docs/generate.md",
     "docs/open_weights.md",
     "docs/recipe.md",
     "data/demo/README.md",
