@@ -57,6 +57,8 @@ def test_a_case_is_measured_in_its_own_process(corpus, capsys):
         assert case["resident_before_bytes"] <= case["peak_resident_bytes"] < 2e9
         assert case["bad_documents"] == 0
     assert list(text["restore_seconds"]) == ["1e+08", "1e+12"]
+    assert list(images["restore_seconds"]) == ["1e+08", "1e+09"]
+    assert images["restore_seconds"]["1e+09"] < images["counting_seconds"]["1e+09"], "a restore counted again"
     assert (text["media_share"], text["batch_bytes"]) < (images["media_share"], images["batch_bytes"])
     shown = data.table(result)
     assert f"{text['tokens_per_second']['median'] / 1e6:.1f}" in shown
