@@ -238,6 +238,16 @@ def test_the_engine_serves_threads_and_closes_after_the_last_answer(decoder):
         engine.submit(requests[0])
 
 
+def test_nothing_is_compiled_twice(params):
+    own = sequences.decoder(MODEL, jax.device_put(params, jax.devices()[0]), max_length=32, prefill_chunk=8)
+    made = scheduler.Scheduler(own, tokenizer=BYTES)
+    for number in range(5):
+        made.submit(request(number, length=5, tokens=4))
+        made.turn()
+    finish(made)
+    assert (own._prefill._cache_size(), own._extend._cache_size()) == (1, 1)
+
+
 def test_an_engine_that_is_left_by_an_error_cancels(decoder):
     def leave():
         with engine_lib.Engine(decoder, tokenizer=BYTES) as engine:

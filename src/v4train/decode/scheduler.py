@@ -27,7 +27,6 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from v4train.data import tokenizer as tokenizer_lib
@@ -95,7 +94,9 @@ class Scheduler:
         """An idle scheduler; ``waiting`` requests may wait for a slot."""
         config = decoder.config
         self.decoder, self.tokenizer, self.most_waiting = decoder, tokenizer, waiting
-        self._cache = decoder.empty()
+        # Everything that a call takes is committed to the parameters' device, as what it returns is: else it would be compiled twice.
+        self._device = jax.tree.leaves(decoder.params)[0].sharding
+        self._cache = jax.device_put(decoder.empty(), self._device)
         self._table = np.full((config.slots, config.pages_per_slot), -1, np.int32)
         self._free_pages = list(range(decoder.layout.pages))[::-1]
         self._waiting: collections.deque[_Sequence] = collections.deque()
@@ -243,7 +244,7 @@ class Scheduler:
                 knob[slot] = value
 
     def _place_pages(self) -> None:
-        self._cache = self._cache._replace(page_table=jnp.array(self._table))
+        self._cache = self._cache._replace(page_table=jax.device_put(self._table.copy(), self._device))
 
     def _prefill(self, sequence: _Sequence) -> None:
         began, prompt = time.monotonic(), sequence.prompt
@@ -342,5 +343,5 @@ class Scheduler:
                 if sequence.slot >= 0:
                     self._fail(sequence, error)
             if lost:
-                self._cache = self.decoder.empty()
+                self._cache = jax.device_put(self.decoder.empty(), self._device)
                 self._place_pages()
