@@ -13,6 +13,7 @@ import pytest
 
 from tests.train import tiny
 from v4train import recipe as recipe_lib
+from v4train.data import pipeline
 from v4train.train import build, loop, resilience
 from v4train.train import run as run_lib
 from v4train.train import summary as summary_lib
@@ -232,6 +233,16 @@ def test_a_resumed_run_goes_on_counting(finished, data, programs, capsys):
     assert outcome.summary["steps"] == 8
     out = capsys.readouterr().out
     assert f"resumed from step 6 in {finished.directory / 'checkpoints'}\n" in out
+
+
+def test_a_checkpoint_keeps_what_was_counted(data, tmp_path, programs, monkeypatch):
+    """The milestones of the step that it is of come back to the pipeline of the run that goes on."""
+    told = []
+    monkeypatch.setattr(pipeline.Pipeline, "milestones", lambda self, step: {"of this plan": [step, 2, 1]})
+    monkeypatch.setattr(pipeline.Pipeline, "remember", lambda self, milestones: told.append(milestones))
+    for steps in (2, 3):
+        train(data, tmp_path / "run", f"train.steps={steps}", "optimizer.schedule.decay_steps=1", "optimizer.schedule.warmup_steps=1")
+    assert told == [{"of this plan": [2, 2, 1]}]
 
 
 def full_disk(*args, **kwargs):
