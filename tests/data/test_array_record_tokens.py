@@ -59,6 +59,17 @@ def test_tokens_are_counted_once(tmp_path, monkeypatch):
     assert again.fingerprint == first.fingerprint
 
 
+@pytest.mark.parametrize("length", [0, 60, 150])
+def test_kept_lengths_that_were_cut_short_are_counted_again(tmp_path, length):
+    root = write_files(tmp_path / "a", some_documents(), dtype="uint16")
+    first = open_tokens(root)
+    (kept,) = (tmp_path / "cache").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:length])
+    np.testing.assert_array_equal(open_tokens(root).documents, first.documents)
+    assert kept.read_bytes() == whole
+
+
 def test_a_directory_that_cannot_be_written_costs_time_only(tmp_path, caplog):
     root = write_files(tmp_path / "a", some_documents(), dtype="uint16")
     (tmp_path / "file").write_text("not a directory")

@@ -125,6 +125,14 @@ def test_open_names_what_is_missing(tmp_path):
     manifest.write_text(original[:50])
     with pytest.raises(ValueError, match=r"manifest\.json is not JSON"):
         store.TokenStore.open(path)
+    manifest.write_text("[]")
+    with pytest.raises(ValueError, match="version None"):
+        store.TokenStore.open(path)
+    for key in ("documents", "files", "image_patch", "shards", "tokenizer"):
+        for other in ({}, {key: []}):
+            manifest.write_text(json.dumps({name: value for name, value in json.loads(original).items() if name != key} | other))
+            with pytest.raises(ValueError, match=r"build the store again"):
+                store.TokenStore.open(path)
     manifest.write_text(original)
 
     spans = (path / "spans.npy").read_bytes()

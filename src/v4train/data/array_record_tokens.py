@@ -14,6 +14,7 @@ documents.
 The files should have been written with ``group_size:1``: with the default of 65536, one document costs the decoding of a whole group.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -87,9 +88,10 @@ class ArrayRecordTokens(foreign.PlainTokens):
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "v4train"
         kept = pathlib.Path(directory or cache) / f"lengths-{content[:32]}.npy"
         if kept.is_file():
-            sizes = np.load(kept)
-            if sizes.dtype == np.uint32 and len(sizes) == count:
-                return sizes
+            with contextlib.suppress(ValueError, EOFError):  # cut short by a power cut
+                sizes = np.load(kept)
+                if sizes.dtype == np.uint32 and sizes.shape == (count,):
+                    return sizes
         log.info("counting the tokens of %d documents of %s, once; kept in %s", count, self._paths[0].parent, kept)
         sizes = np.concatenate([self._count(range(at, min(at + _AT_ONCE, count))) for at in range(0, count, _AT_ONCE)])
         try:

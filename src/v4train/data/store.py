@@ -320,14 +320,23 @@ class TokenStore:
             raise ValueError(f"data store {path}: unfinished, it has no {MANIFEST}; remove the directory and build it again") from None
         except ValueError as error:
             raise ValueError(f"data store {path}: {MANIFEST} is not JSON ({error}); build the store again") from None
-        if manifest.get("version") != VERSION:
-            raise ValueError(f"data store {path}: version {manifest.get('version')!r}, this program reads {VERSION}; build the store again")
+        version = manifest.get("version") if isinstance(manifest, dict) else None
+        if version != VERSION:
+            raise ValueError(f"data store {path}: version {version!r}, this program reads {VERSION}; build the store again")
+        try:
+            return cls._open(root, manifest=manifest, cache_bytes=cache_bytes)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            what = f"{MANIFEST} is not one of a store ({type(error).__name__}: {error})"
+            raise ValueError(f"data store {path}: {what}; copy or build the store again") from error
+
+    @classmethod
+    def _open(cls, root: pathlib.Path, *, manifest: dict, cache_bytes: int) -> "TokenStore":
         for name, entry in manifest["files"].items():
             if not (root / name).is_file():
-                raise ValueError(f"data store {path}: {name} is missing; copy or build the store again")
+                raise ValueError(f"data store {root}: {name} is missing; copy or build the store again")
             size = (root / name).stat().st_size
             if size != entry["bytes"]:
-                raise ValueError(f"data store {path}: {name} has {size} bytes instead of {entry['bytes']}; copy or build the store again")
+                raise ValueError(f"data store {root}: {name} has {size} bytes instead of {entry['bytes']}; copy or build the store again")
         index = {name: entry for name, entry in manifest["files"].items() if name.endswith(".npy") and entry["bytes"] <= DIGEST_AT_OPEN}
         _check_digests(root, index)
         return cls(root, manifest=manifest, cache_bytes=cache_bytes)

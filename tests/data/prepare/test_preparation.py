@@ -193,6 +193,10 @@ def test_a_finished_store_is_kept_and_other_content_is_refused(tmp_path, sources
     assert corpus.digests(tmp_path / "out") == before
     preparation.prepare(spec, fresh=True)
     assert corpus.digests(tmp_path / "out") == before
+    for damage in ("{", "{}", "[]"):
+        (tmp_path / "out/preparation.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"a store without a readable preparation\.json; choose another output, or give --fresh"):
+            preparation.prepare(spec)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"is not empty \(thesis.txt\)"):

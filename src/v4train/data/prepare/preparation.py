@@ -139,9 +139,10 @@ def _finished(output: pathlib.Path, *, digest: str) -> Summary:
     remedy = "choose another output, or give --fresh to make it anew"
     try:
         about = json.loads((output / PREPARATION).read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(f"output {output} holds a store that was not made by a preparation; {remedy}") from None
-    if about["digest"] != digest:
+        made_from = about["digest"]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise ValueError(f"output {output} holds a store without a readable {PREPARATION}; {remedy}") from None
+    if made_from != digest:
         raise ValueError(f"output {output} holds a store of another spec, or its input files have changed since; {remedy}")
     manifest = json.loads((output / store_lib.MANIFEST).read_text(encoding="utf-8"))
     shutil.rmtree(output / WORK, ignore_errors=True)  # killed just before it was removed
