@@ -253,6 +253,22 @@ def test_nested_rope_parameters_win_as_in_transformers():
     config["rope_parameters"]["compress"]["attention_factor"] = 1.0
     config["rope_parameters"]["compress"]["partial_rotary_factor"] = 0.5
     assert "rope_parameters.compress.partial_rotary_factor makes 16 channels turn, qk_rope_head_dim is 8" in problems(config)
+    config["rope_parameters"]["compress"]["partial_rotary_factor"] = None
+    assert "rope_parameters.compress.partial_rotary_factor is missing" in problems(config)
+
+
+@pytest.mark.parametrize("part", ["main", "compress"])
+def test_half_of_the_nested_rope_parameters_is_not_the_absence_of_yarn(part):
+    config = json.loads((golden.FOLDER / "yarn" / "config.json").read_text())
+    del config["rope_parameters"][part]
+    assert f"rope_parameters.{part} is null, expected a mapping" in problems(config)
+
+
+def test_two_rotations_are_not_chosen_from():
+    """`transformers` would take `rope_scaling`, whose factor is another one."""
+    config = json.loads((golden.FOLDER / "yarn" / "config.json").read_text())
+    config["rope_scaling"] = {**config["rope_parameters"]["compress"], "factor": 99.0}
+    assert "rope_parameters and rope_scaling are both there" in problems(config)
 
 
 @pytest.mark.parametrize(

@@ -256,17 +256,21 @@ def _rotation(reader: _Reader, *, rope_dim: int, head_dim: int) -> tuple[float, 
     """Theta of window layers, theta of compressed layers, and YaRN of the latter."""
     said = any(key in reader.values for key in ("rope_parameters", "rope_scaling"))
     reader.require(said, "rope_scaling or rope_parameters is missing: write null if there is no YaRN")
-    scaling = reader.mapping("rope_parameters") or reader.mapping("rope_scaling")
-    if not ("main" in scaling and "compress" in scaling):
+    nested, flat = reader.mapping("rope_parameters"), reader.mapping("rope_scaling")
+    # `transformers` takes the second then, other readers the first.
+    reader.require(not (nested and flat), "rope_parameters and rope_scaling are both there: remove one of them")
+    scaling = nested or flat
+    if not ("main" in scaling or "compress" in scaling):
         thetas = reader.number("rope_theta", kind=float), reader.number("compress_rope_theta", kind=float)
         return (*thetas, _yarn(reader, scaling, name="rope_scaling", forced=True))
     found = []
     for part in ("main", "compress"):
-        inner, name = scaling[part], f"rope_parameters.{part}"
+        inner, name = scaling.get(part), f"rope_parameters.{part}"
         if not isinstance(inner, dict):
             reader.problems.append(f"{name} is {json.dumps(inner)}, expected a mapping")
             return 1.0, 1.0, None
-        turning = int(head_dim * inner.get("partial_rotary_factor", 1.0))
+        key = "partial_rotary_factor"
+        turning = int(head_dim * reader.number(key, kind=float, within={key: 1.0, **inner}, name=f"{name}.{key}"))
         reader.require(turning == rope_dim, f"{name}.partial_rotary_factor makes {turning} channels turn, qk_rope_head_dim is {rope_dim}")
         found.append(reader.number("rope_theta", kind=float, within=inner, name=f"{name}.rope_theta"))
     kind = scaling["main"].get("rope_type", "default")
