@@ -136,7 +136,8 @@ def test_directories_that_are_none(good, run, tmp_path, capsys):
 
 def test_options_that_make_no_sense(run, tmp_path, capsys):
     out = tmp_path / "out"
-    assert "--shard-gb 0.0: give a positive number" in refused(["export", run, out, "--shard-gb", "0"], capsys, out=out)
+    for size in ("0.0", "inf", "nan"):
+        assert f"--shard-gb {size}: give a positive number" in refused(["export", run, out, "--shard-gb", size], capsys, out=out)
     with pytest.raises(SystemExit, match="2"):
         main.main(["convert", "export", str(run), str(out), "--format", "int8"])
 

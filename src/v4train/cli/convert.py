@@ -7,6 +7,7 @@ An export is a directory that `transformers` loads. Both appear under their name
 import argparse
 import errno
 import importlib.metadata
+import math
 import os
 import pathlib
 import shutil
@@ -90,7 +91,7 @@ def _export(args: argparse.Namespace) -> int:
     from v4train.cli import convert_progress, convert_recipe
     from v4train.interop import exporting, importing, names, tensor_files
 
-    if not args.shard_gb > 0:
+    if not 0 < args.shard_gb < math.inf:
         raise ValueError(f"--shard-gb {args.shard_gb}: give a positive number of gigabytes")
     checkpoints, step = step_directory.locate(pathlib.Path(args.source))
     found = restore.describe(checkpoints, step=step, verify=not args.no_verify)
