@@ -293,7 +293,9 @@ def complete_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
             operating system cannot write there (no space left, no permission); nothing is left then.
     """
     path = pathlib.Path(os.path.abspath(path))
-    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+    with disk_errors(path):
+        taken = path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir())))
+    if taken:
         raise ValueError(f"{path} exists already; remove it, or choose another directory")
     temporary = path.with_name(f".{path.name}.incomplete")
     with contextlib.ExitStack() as stack:
