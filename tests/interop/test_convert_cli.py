@@ -115,6 +115,16 @@ def test_a_foreign_directory_gets_a_recipe_that_loads(exported, made, tmp_path, 
     assert recipe.model.attention.chunk != 0
 
 
+@pytest.mark.parametrize("setting", ["model.hidden=32", "model.attention.window=7", "model.mtp=null"])
+def test_an_import_has_the_model_of_its_config_json(exported, tmp_path, capsys, setting):
+    """Its step would say one model and hold the arrays of another: neither scored nor exported, or as something else."""
+    out = tmp_path / "out"
+    assert main.main(["convert", "import", str(exported), str(out), "--set", setting]) == 2
+    assert f"--set changes {setting.partition('=')[0]}: an import has the model of its config.json" in capsys.readouterr().err
+    assert not out.exists()
+    assert main.main(["convert", "import", str(exported), str(out), "--set", "model.moe.bias_speed=0.5"]) == 0
+
+
 def test_a_base_gives_everything_but_the_model(exported, made, tmp_path):
     base = tmp_path / "base.yaml"
     values = made.model_dump(mode="json") | {"seed": 11, "model": made.model.model_dump(mode="json") | {"hidden": 32}}

@@ -5,6 +5,7 @@ base; it must describe the model of config.json, or one of the two has been chan
 directories get `--base`, or `DEFAULTS`, which are there to be edited: they name data that a reader makes.
 """
 
+import fnmatch
 import json
 import pathlib
 import re
@@ -40,7 +41,8 @@ def for_import(released: released_lib.Released, *, out: pathlib.Path, base: str 
         overrides: ``a.b=c`` texts, laid over everything.
 
     Raises:
-        ValueError: the base does not load or does not fit the model, or recipe.yaml describes another model than config.json.
+        ValueError: the base does not load or does not fit the model, recipe.yaml describes another model than config.json, or an override
+            changes what config.json says.
     """
     own = released.directory / OWN
     model = _own_model(own, released) if own.is_file() else released.model
@@ -49,14 +51,14 @@ def for_import(released: released_lib.Released, *, out: pathlib.Path, base: str 
     forced["model"] = model.model_dump(mode="json")
     texts = [*(f"{key}={json.dumps(value)}" for key, value in forced.items()), *overrides]
     if base is not None or own.is_file():
-        return recipe_lib.resolve(base or str(own), overrides=texts).config
+        return _of_model(recipe_lib.resolve(base or str(own), overrides=texts).config, model)
     fitting = [f"data.sequence_length={min(4096, model.max_positions)}"]
     if model.image is not None:
         fitting.append(f"data.image_patch={model.image.patch}")
     with tempfile.TemporaryDirectory() as folder:
         defaults = pathlib.Path(folder) / "defaults.yaml"
         defaults.write_text(DEFAULTS, encoding="utf-8")
-        return recipe_lib.resolve(str(defaults), overrides=[*fitting, *texts]).config
+        return _of_model(recipe_lib.resolve(str(defaults), overrides=[*fitting, *texts]).config, model)
 
 
 def from_checkpoint(metadata: dict[str, Any], *, subject: str) -> recipe_lib.Recipe:
@@ -93,6 +95,19 @@ def _own_model(own: pathlib.Path, released: released_lib.Released) -> model_conf
         listed = "\n".join(f"  model.{key}: {_at(theirs, key)} in config.json, {_at(ours, key)} in {OWN}" for key in differences)
         raise ValueError(f"{own} describes another model than the config.json beside it:\n{listed}\nCorrect one of them, or remove {OWN}.")
     return stated
+
+
+def _of_model(recipe: recipe_lib.Recipe, model: model_config.ModelConfig) -> recipe_lib.Recipe:
+    """The recipe, whose model an override may have changed only where config.json says nothing: the arrays are those of config.json."""
+    changed = [
+        key
+        for key in dump.difference(recipe.model, model)
+        if not any(fnmatch.fnmatchcase(f"{key}.", f"{unsaid}.*") for unsaid in released_config.UNSAID)
+    ]
+    if changed:
+        listed = ", ".join(f"model.{key}" for key in changed)
+        raise ValueError(f"--set changes {listed}: an import has the model of its config.json; change it in the recipe that trains on")
+    return recipe
 
 
 def _at(values: Any, key: str) -> str:
