@@ -1,4 +1,4 @@
-"""Config of decoding: how many sequences, how long, and what their memory is made of. Units: tokens, entries and bytes."""
+"""Config of decoding: how many sequences, how long, and what their memory is made of. Units: tokens and bytes."""
 
 from typing import Annotated, Literal
 
@@ -7,26 +7,6 @@ import pydantic
 from v4train.config import base
 
 _Positive = Annotated[int, pydantic.Field(gt=0)]
-
-
-class DiskConfig(base.Config):
-    """The third tier: blocks of compressed entries in files."""
-
-    path: str
-    """Directory of the blocks; it may outlive the process, and is reused by the next."""
-    bytes: _Positive
-    """Most that the blocks may take together."""
-
-
-class TiersConfig(base.Config):
-    """Where entries of CSA layers go that do not fit the device."""
-
-    hot_entries: _Positive = 1024
-    """Entries of each CSA layer and sequence that stay on the device."""
-    host_bytes: _Positive
-    """Host memory for the others."""
-    disk: DiskConfig | None = None
-    """null: nothing is written."""
 
 
 class DecodeConfig(base.Config):
@@ -39,8 +19,7 @@ class DecodeConfig(base.Config):
     prefill_chunk: _Positive = 512
     """Tokens of a prompt that are processed at a time."""
     cache: Literal["fp32", "bf16", "fp8"] = "bf16"
-    """Format of compressed entries and index keys. fp8: E4M3 with a power of two as scale (one per 64 channels, one per index key),
-    channels
+    """Format of compressed entries and index keys. fp8: E4M3 with a power of two as scale (one per 64 channels, one per index key), channels
     that carry the rotation in bf16."""
     attention: Literal["selected", "dense"] = "selected"
     """dense: CSA layers attend every visible entry instead of those that the indexer selects: for comparisons of speed."""
@@ -52,8 +31,6 @@ class DecodeConfig(base.Config):
     """Size of the cache, windows and tails included; the pool takes what they leave."""
     speculate: bool = False
     """Draft with the model's MTP block."""
-    tiers: TiersConfig | None = None
-    """null: everything stays on the device."""
 
     @pydantic.model_validator(mode="after")
     def _check(self):
