@@ -84,6 +84,19 @@ def test_rows_are_those_of_the_walk(tmp_path, layout):
             np.testing.assert_array_equal(got, 0 if name in ("n_bad", "source") else array, err_msg=name)
 
 
+def test_a_bad_document_counts_in_the_slice_in_which_it_begins(tmp_path):
+    """Or hosts that share a row would count it once each, and stop a run too early."""
+    rng = np.random.default_rng(0)
+    s = make_store(tmp_path / "s", [synthetic.text_document(rng, key=str(i), length=30) for i in range(3)], layout="flat")
+    (tmp_path / "s" / "shard-00000.tokens").write_bytes(b"")
+    reader = collate.Reader(s, name="a", quarantine=collate.Quarantine())
+    b = garbage(2, length=70, patches=0, frames=0)
+    rows = [collate.RowPieces(reader, [(0, 0, 30), (1, 0, 20)]), collate.RowPieces(reader, [(1, 20, 30), (2, 0, 30)], continued=True)]
+    collate.fill(b, rows, tokenizer=synthetic.TOKENIZER)
+    assert b.n_documents.tolist() == [[2], [1]]
+    assert b.n_bad.tolist() == [[2], [1]]
+
+
 def test_long_documents_are_read_in_chunks(tmp_path):
     """Pieces of a document of several checksums, on, before and behind the edges of a chunk."""
     rng = np.random.default_rng(1)

@@ -37,6 +37,8 @@ def test_the_grid_of_an_image_fits_its_budget_and_its_proportions():
             assert abs(np.log(columns / rows) - np.log(width / height)) < 0.35
     assert media.fit_grid(32, 16, patch=16, max_patches=100) == (2, 1)
     assert media.fit_grid(32, 16, patch=16, max_patches=32, upscale=True) == (8, 4)
+    assert media.fit_grid(200, 800, patch=16, max_patches=12) == (2, 6), "not 1 x 7, which is further from 1 : 4"
+    assert media.fit_grid(800, 200, patch=16, max_patches=12) == (6, 2)
     assert media.fit_grid(10000, 1, patch=16, max_patches=10) == (10, 1)
 
 

@@ -134,6 +134,15 @@ def test_sequences_of_a_document_that_lie_apart_are_bad(tmp_path):
         s.read(1)
 
 
+def test_what_lies_between_documents_is_nobody_s(tmp_path):
+    """Only within a document must sequences follow each other."""
+    stem = write_pair(tmp_path / "c", [[[1, 2], [3]], [[4, 5], [6]]])
+    for sequence, token in ((2, 0), (3, 2)):
+        patch_index(stem, sequences=4, pointer=(sequence, 2 * token))
+    s = megatron.MegatronStore(stem, tokenizer=synthetic.TOKENIZER)
+    assert [s.read(i).tokens.tolist() for i in range(2)] == [[1, 2, 3], [1, 2, 3]]
+
+
 def test_ids_that_cannot_be_are_bad(tmp_path):
     wrong = {1: 272, 3: -1, 4: synthetic.TOKENIZER.image, 6: synthetic.TOKENIZER.audio}
     documents = [[np.array([1, wrong.get(i, 2), 3])] for i in range(8)]

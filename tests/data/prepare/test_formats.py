@@ -267,6 +267,17 @@ def test_inputs_that_name_nothing_are_told_together(tmp_path):
         inputs.tasks(spec)
 
 
+def test_a_jpeg_decoded_at_a_reduced_scale_looks_like_the_png():
+    import PIL.Image
+
+    rng = np.random.default_rng(0)
+    smooth = PIL.Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).resize((768, 768), PIL.Image.Resampling.BICUBIC)
+    settings = config.ImageConfig(patch=8, max_patches=144)
+    jpeg, png = (decode.image(corpus.encoded(smooth, kind), config=settings).values for kind in ("JPEG", "PNG"))
+    assert len(jpeg) == 144
+    assert np.abs(jpeg.astype(int) - png).mean() < 4
+
+
 def test_the_limit_of_pixels_is_the_spec_s_and_not_the_library_s(monkeypatch):
     import PIL.Image
 

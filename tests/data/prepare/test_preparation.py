@@ -16,7 +16,7 @@ import yaml
 
 from tests.data.prepare import corpus
 from v4train.data import store, tokenizer
-from v4train.data.prepare import duplicates, inputs, merge, part, preparation, runners
+from v4train.data.prepare import duplicates, filters, inputs, merge, part, preparation, runners
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("PIL", "soundfile", "soxr")), reason="the extra `prepare` is not installed"
@@ -125,11 +125,16 @@ def test_filters_leave_out_and_are_counted(tmp_path):
     control = "\x01\x02\x03 control characters all over \x04\x05"
     texts = ["short", "x" * 200, "fine and long enough to be kept", control, "123 456 789 0 ab 12 34 56", "again\n" * 4]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    filters = {"min_chars": 10, "max_chars": 100, "min_printable": 0.95, "min_letters": 0.5, "max_repeated_lines": 0.5}
-    source = {"kind": "jsonl", "name": "a", "path": str(tmp_path / "a.jsonl"), "filters": filters}
+    wanted = {"min_chars": 10, "max_chars": 100, "min_printable": 0.95, "min_letters": 0.5, "max_repeated_lines": 0.5}
+    source = {"kind": "jsonl", "name": "a", "path": str(tmp_path / "a.jsonl"), "filters": wanted}
     summary = preparation.prepare(corpus.spec(tmp_path / "out", source))
     assert summary.sources[0].refused == dict.fromkeys(["max_chars", "max_repeated_lines", "min_chars", "min_letters", "min_printable"], 1)
     assert [text_of(one) for one in corpus.documents(tmp_path / "out")] == ["<bos>fine and long enough to be kept<eos>"]
+
+
+def test_accents_are_parts_of_letters():
+    assert filters.letters("हिन्दी में") == 1.0
+    assert filters.letters("e\u0301 1") == 2 / 3
 
 
 def test_bad_media_go_to_quarantine_with_their_reasons(tmp_path):
