@@ -271,10 +271,10 @@ def test_a_jpeg_decoded_at_a_reduced_scale_looks_like_the_png():
     import PIL.Image
 
     rng = np.random.default_rng(0)
-    smooth = PIL.Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).resize((768, 768), PIL.Image.Resampling.BICUBIC)
-    settings = config.ImageConfig(patch=8, max_patches=144)
-    jpeg, png = (decode.image(corpus.encoded(smooth, kind), config=settings).values for kind in ("JPEG", "PNG"))
-    assert len(jpeg) == 144
+    smooth = PIL.Image.fromarray(rng.integers(0, 256, (80, 80, 3), np.uint8)).resize((768, 768), PIL.Image.Resampling.BICUBIC)
+    settings = config.ImageConfig(patch=8, max_patches=400)
+    jpeg, png = (decode.image(corpus.encoded(smooth, kind, quality=95), config=settings).values for kind in ("JPEG", "PNG"))
+    assert len(jpeg) == 400
     assert np.abs(jpeg.astype(int) - png).mean() < 4
 
 
