@@ -58,6 +58,9 @@ def test_a_value_can_be_set_from_the_command_line(spec, tmp_path):
         ({"image": {"patches": 3}}, "image.patches"),
         ({"tokenizer": {"kind": "huggingface", "path": "nowhere.json"}}, "nowhere.json: No such file"),
         ({"compression": 99}, "compression"),
+        ({"inputs": [{"kind": "images", "name": "a", "path": "x", "layout": []}]}, "layout"),
+        ({"inputs": [{"kind": "images", "name": "a", "path": "x", "layout": ["image", "image"]}]}, "names a part twice"),
+        ({"inputs": [{"kind": "jsonl", "name": "a", "path": "x", "text": None}]}, "all null, so nothing is read"),
     ],
 )
 def test_mistakes_in_a_spec_are_told_with_code_2(spec, change, message, capsys):

@@ -245,6 +245,13 @@ def test_missing_and_damaged_files_are_refused(directory):
     assert "model.safetensors" in opening(directory)
 
 
+def test_an_absurd_count_of_experts_is_refused_without_listing_their_tensors(directory, monkeypatch):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"n_routed_experts": 2_000_000}))
+    monkeypatch.setattr(released.matching, "check", lambda *_, **__: pytest.fail("lists two million experts"))
+    assert "n_routed_experts is 2000000, but the routers' weights are for [4] experts" in opening(directory)
+
+
 @pytest.mark.parametrize("expert", [-1, 4])
 def test_a_hash_table_names_only_experts_that_exist(tmp_path, expert):
     stored = tensors(small.parameters(TEXT), TEXT)

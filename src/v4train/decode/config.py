@@ -19,8 +19,8 @@ class DecodeConfig(base.Config):
     prefill_chunk: _Positive = 512
     """Tokens of a prompt that are processed at a time."""
     cache: Literal["fp32", "bf16", "fp8"] = "bf16"
-    """Format of compressed entries and index keys. fp8: E4M3 with a power of two as scale (one per 64 channels, one per index key), channels
-    that carry the rotation in bf16."""
+    """Format of compressed entries and index keys. fp8: E4M3 with a power of two as scale (one per 64 channels, one per index key),
+    channels that carry the rotation in bf16."""
     attention: Literal["selected", "dense"] = "selected"
     """dense: CSA layers attend every visible entry instead of those that the indexer selects: for comparisons of speed."""
     page_tokens: _Positive = 256

@@ -13,6 +13,7 @@ stack of experts on the host: 172 GB for one projection of V4-Flash.)
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ from v4train.core import param
 from v4train.interop import matching, names, quantised, released_config, tensor_files
 from v4train.model import config as config_lib
 from v4train.model import transformer
+
+_GATE = re.compile(r"layers\.\d+\.ffn\.gate\.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Released:
         model = released_config.model_config(config, subject=str(directory / "config.json"))
         if not any(names.canonical(name).startswith("mtp.") for name in files.table):
             model = model.model_copy(update={"mtp": None})
+        _check_experts(model, files.table, subject=str(directory / "config.json"))
         table = {**files.table, **(extras.table if extras else {})}
         sources = matching.check(model, table=table, subject=str(directory))
         return cls(directory, config, model, files, extras, names.slots(model), sources)
@@ -151,6 +155,13 @@ def _extent(place: int | slice) -> range:
 def _inside(parts: list[range], whole: list[range]) -> tuple[slice, ...]:
     """The parts as slices of an array that begins where ``whole`` does."""
     return tuple(slice(part.start - first.start, part.stop - first.start) for part, first in zip(parts, whole, strict=True))
+
+
+def _check_experts(model: config_lib.ModelConfig, table: dict[str, tensor_files.TensorInfo], *, subject: str) -> None:
+    """Before all tensors of all experts are listed: a count that is far off would make a list that takes minutes."""
+    gates = {info.shape[0] for name, info in table.items() if _GATE.fullmatch(names.canonical(name)) and info.shape}
+    if gates and model.moe.experts not in gates:
+        raise ValueError(f"{subject}: n_routed_experts is {model.moe.experts}, but the routers' weights are for {sorted(gates)} experts")
 
 
 def _extras(directory: pathlib.Path) -> tensor_files.TensorFiles | None:

@@ -1,6 +1,6 @@
 """What `v4train data prepare` is asked for: the spec. Like every config it imports no jax and reads no file."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import pydantic
 
@@ -8,6 +8,15 @@ from v4train.config import base
 from v4train.data import config as data_config
 
 Kind = Literal["image", "audio", "text"]
+
+
+def _once(kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"{list(kinds)} names a part twice: a document has one of each kind")
+    return kinds
+
+
+_Layout = Annotated[tuple[Kind, ...], pydantic.Field(min_length=1), pydantic.AfterValidator(_once)]
 
 
 class FilterConfig(base.Config):
@@ -44,8 +53,14 @@ class _Fields(_Input):
     key: str | None = None
     """Field that names the document. Documents that share material must share a name, because it decides what is held out; by default
     every record has its own."""
-    layout: tuple[Kind, ...] = ("image", "audio", "text")
+    layout: _Layout = ("image", "audio", "text")
     """Order of the parts of a document."""
+
+    @pydantic.model_validator(mode="after")
+    def _something_is_read(self) -> Self:
+        if not any((self.text, self.image, self.audio, self.parts)):
+            raise ValueError("text, image, audio and parts are all null, so nothing is read: name the fields of a record")
+        return self
 
 
 class JsonLinesConfig(_Fields):
@@ -70,7 +85,7 @@ class WebDatasetConfig(_Input):
     kind: Literal["webdataset"] = "webdataset"
     path: str
     """File or glob."""
-    layout: tuple[Kind, ...] = ("image", "text")
+    layout: _Layout = ("image", "text")
     """Parts of a document in order; a sample that lacks one is a bad record."""
     json_text: str = "caption"
     """Field of a sample's `.json` with the text, used if it has no `.txt`."""
@@ -94,7 +109,7 @@ class ImagesConfig(_Input):
     """Folder; its subfolders are read too."""
     caption: str = ".txt"
     """Ending of the caption's file."""
-    layout: tuple[Kind, ...] = ("image", "text")
+    layout: _Layout = ("image", "text")
     """Order of the parts of a document."""
 
 
@@ -106,7 +121,7 @@ class AudioConfig(_Input):
     """Folder; its subfolders are read too."""
     caption: str = ".txt"
     """Ending of the transcript's file."""
-    layout: tuple[Kind, ...] = ("audio", "text")
+    layout: _Layout = ("audio", "text")
     """Order of the parts of a document."""
 
 
@@ -118,7 +133,7 @@ class TriplesConfig(_Input):
     """Folder; its subfolders are read too."""
     caption: str = ".txt"
     """Ending of the text's file."""
-    layout: tuple[Kind, ...] = ("image", "audio", "text")
+    layout: _Layout = ("image", "audio", "text")
     """Order of the parts of a document."""
 
 
