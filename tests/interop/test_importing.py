@@ -1,6 +1,7 @@
 """An import is a step like those that training writes: same names, shapes and types, readable onto any mesh."""
 
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -91,3 +92,20 @@ def test_only_plain_large_matrices_are_cut(monkeypatch):
     assert not importing._is_cut(slot, matching.Source("x", "fp8", "x.scale"))
     grouped = next(slot for slot in released.slots if slot.turn == "grouped")
     assert not importing._is_cut(grouped, released.sources[grouped.released])
+
+
+@pytest.mark.parametrize("kind", ["embedding", "head"])
+def test_a_matrix_is_cut_at_chunks(kind, monkeypatch):
+    """A piece that began inside a chunk would be written by reading the chunk back, with both in memory."""
+    released = released_lib.Released.open(GOLDEN / "mixed")
+    slot = next(slot for slot in released.slots if slot.kind == kind)
+    monkeypatch.setattr(importing, "PIECE_BYTES", 40 * 4 * slot.shape[1])
+    rows, width = slot.shape
+    chunk, axis = 16, int(kind == "head")
+    writer = types.SimpleNamespace(chunks={"stored": (width, chunk) if axis else (chunk, width)})
+    only = types.SimpleNamespace(slots=(slot,), sources=released.sources, files=released.files)
+    pieces = [piece() for piece in importing._pieces(only, writer, {slot.path: "stored"})]
+    parts = [index[axis] for _, index, _ in pieces]
+    assert [part.start for part in parts] == list(range(0, rows, 32))
+    assert parts[-1].stop == rows
+    assert np.array_equal(np.concatenate([block for *_, block in pieces], axis=axis), released.block(slot))

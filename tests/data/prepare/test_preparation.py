@@ -300,7 +300,7 @@ def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path, sources):
     rng, kills = random.Random(os.getpid()), 0
     started = time.monotonic()
     process = run_cli(tmp_path / "spec.yaml")
-    output, _ = process.communicate()
+    output, _ = process.communicate(timeout=120)
     seconds = time.monotonic() - started
     assert process.returncode == 0, output
     for _ in range(3):
@@ -309,9 +309,9 @@ def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path, sources):
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
-        process.communicate()
+        process.communicate(timeout=120)
         process = run_cli(tmp_path / "spec.yaml")
-        output, _ = process.communicate()
+        output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
         assert corpus.digests(tmp_path / "out") == corpus.digests(tmp_path / "straight")
     assert kills
@@ -375,7 +375,7 @@ def test_ray_gives_the_same_bytes(tmp_path, sources):
     values = corpus.spec(tmp_path / "out", *sources, **SMALL, workers=2).model_dump(mode="json")
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(values))
     process = run_cli(tmp_path / "spec.yaml", "--runner", "ray")
-    output, _ = process.communicate()
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert corpus.digests(tmp_path / "out") == corpus.digests(tmp_path / "straight")
 
