@@ -72,17 +72,21 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str: ...
 
     @property
-    def media_token_ids(self) -> tuple[int, ...]: ...
+    def media_token_ids(self) -> tuple[int, ...]:
+        """Placeholders and delimiters of media spans."""
+        return (self.image, self.audio, self.image_start, self.image_end, self.audio_start, self.audio_end)
 
     @property
-    def never_targets(self) -> tuple[int, ...]: ...
+    def never_targets(self) -> tuple[int, ...]:
+        """Ids that the text loss never asks for: media, `pad`, `bos`."""
+        return (self.bos, self.pad, *self.media_token_ids)
 
     def encode(self, text: str) -> np.ndarray: ...
 
     def decode(self, ids: np.ndarray) -> str: ...
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """UTF-8 bytes 0..255, specials 256..264, spare ids to 271."""
 
     vocab_size = 272
@@ -93,16 +97,6 @@ class ByteTokenizer:
     def fingerprint(self) -> str:
         """Changes whenever an id changes its meaning."""
         return hashlib.sha256(json.dumps(["byte", self.names]).encode()).hexdigest()
-
-    @property
-    def media_token_ids(self) -> tuple[int, ...]:
-        """Placeholders and delimiters of media spans."""
-        return (self.image, self.audio, self.image_start, self.image_end, self.audio_start, self.audio_end)
-
-    @property
-    def never_targets(self) -> tuple[int, ...]:
-        """Ids that the text loss never asks for: media, `pad`, `bos`."""
-        return (self.bos, self.pad, *self.media_token_ids)
 
     def encode(self, text: str) -> np.ndarray:
         """``u32[n]``, without `bos` and `eos`."""
@@ -118,7 +112,7 @@ class ByteTokenizer:
         return b"".join(pieces).decode("utf-8", errors="replace")
 
 
-class JsonTokenizer:
+class JsonTokenizer(Tokenizer):
     """A `tokenizers` JSON file, and ids behind its last one for the specials that it lacks."""
 
     def __init__(self, path: str | pathlib.Path, *, specials: config_lib.SpecialTokensConfig):
@@ -182,16 +176,6 @@ class JsonTokenizer:
     def fingerprint(self) -> str:
         """Changes whenever an id changes its meaning; not with the layout of the file."""
         return self._fingerprint
-
-    @property
-    def media_token_ids(self) -> tuple[int, ...]:
-        """Placeholders and delimiters of media spans."""
-        return (self.image, self.audio, self.image_start, self.image_end, self.audio_start, self.audio_end)
-
-    @property
-    def never_targets(self) -> tuple[int, ...]:
-        """Ids that the text loss never asks for: media, `pad`, `bos`."""
-        return (self.bos, self.pad, *self.media_token_ids)
 
     def encode(self, text: str) -> np.ndarray:
         """``u32[n]``, without `bos` and `eos`; characters that spell a special token stay characters."""

@@ -10,7 +10,7 @@ FP4    E2M1 ``i8[out, in / 2]``,    32 values along ``in``             routed ex
        low nibble = even column
 ====== ============================ ================================== ===============================
 
-Scales are UE8M0: a byte ``b`` is ``2**(b - 127)``, 255 is NaN. They are called ``X.scale`` beside ``X.weight``; `find_scale` knows the
+Scales are UE8M0: a byte ``b`` is ``2**(b - 127)``, 255 is NaN. They are called ``X.scale`` beside ``X.weight``; `names` knows the
 other spellings. Some checkpoints hold the scales of FP8 as FP32, and then not as powers of two; those are read too.
 
 **The scale** is the smallest power of two for which the block's largest magnitude, *once rounded*, is a code: ``amax <= 464 * 2**e`` for
@@ -39,7 +39,7 @@ Everything here works on a few rows at a time: scratch memory is some megabytes,
 
 import dataclasses
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
@@ -136,17 +136,6 @@ def mxfp4_shapes(shape: tuple[int, int], *, name: str = "the matrix") -> tuple[t
             f"{name}: rows of {columns} values are no multiple of {FP4_GROUP}, so they have no FP4 form; store it as FP8 or BF16"
         )
     return (rows, columns // 2), (rows, columns // FP4_GROUP)
-
-
-def find_scale(name: str, *, names: Container[str]) -> str | None:
-    """The scales that belong to a stored tensor, or None.
-
-    Released checkpoints write ``X.scale`` beside ``X.weight``, `transformers` ``X.weight_scale_inv`` (fused experts: ``X_scale_inv``),
-    which is a factor, too, in spite of its name. The suffix alone does not tell scales: `transformers` calls a weight ``attn_hc.scale``.
-    """
-    stem = name.removesuffix(".weight")
-    spellings = [f"{stem}.scale", f"{stem}.weight_scale_inv", f"{stem}.weight_scale"] if stem != name else [f"{name}_scale_inv"]
-    return next((spelling for spelling in spellings if spelling in names), None)
 
 
 def fp8_quantise(
