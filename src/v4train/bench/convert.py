@@ -1,8 +1,8 @@
 """Memory and speed of converting open weights, on a made-up checkpoint with a real model's tensors but fewer layers and experts.
 
 The question is whether memory grows with the model. So each conversion runs as its own process, as a person would start it, and its peak
-is the figure that the kernel keeps (``ru_maxrss``). A checkpoint several times larger than that has then been converted without ever
-being in memory.
+is the figure that the kernel keeps (`machine.peak_resident_bytes`, asked for at its end). A checkpoint several times larger than that has
+then been converted without ever being in memory.
 
 The way there and back must change nothing: BF16 to our FP32 and back to BF16 is exact, so the exported files must have the digests of
 those that were imported. Weights are random bits of ordinary magnitudes: what is measured does not depend on values.
@@ -27,6 +27,14 @@ from v4train.model import config as config_lib
 RECIPE = "configs/v4_flash.yaml"
 """Whose tensors are measured, unless another one is named; relative to the working directory."""
 LAYERS = ("window", "csa", "hca")
+_PROGRAM = """
+import pathlib, sys
+from v4train.bench import machine
+from v4train.cli import main
+code = main.main(sys.argv[2:])
+pathlib.Path(sys.argv[1]).write_text(str(machine.peak_resident_bytes()))
+sys.exit(code)
+"""
 
 
 def measure(path: str, *, gigabytes: float, directory: str | None = None, quantised_too: bool = True) -> dict[str, Any]:
@@ -137,19 +145,19 @@ def _bytes(model: config_lib.ModelConfig) -> int:
 
 
 def _convert(direction: str, source: pathlib.Path, out: pathlib.Path, *options: str, moved: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "v4train.cli.main", "convert", direction, str(source), str(out), *options]
-    print(" ".join(command[3:]), file=sys.stderr)
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    # Of this child alone: those before it may have taken more.
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - began
-    if process.returncode:
-        raise ValueError(f"the {direction} of {source} ended with exit code {process.returncode}; its own message stands above")
+    words = ["convert", direction, str(source), str(out), *options]
+    print(" ".join(words), file=sys.stderr)
+    with tempfile.NamedTemporaryFile("r") as peak:
+        command = [sys.executable, "-c", _PROGRAM, peak.name, *words]
+        began = time.perf_counter()
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, env=os.environ | {"JAX_PLATFORMS": "cpu"}).returncode
+        seconds = time.perf_counter() - began
+        if code:
+            raise ValueError(f"the {direction} of {source} ended with exit code {code}; its own message stands above")
+        peak_bytes = int(peak.read())
     return {
         "what": " ".join([direction, *options[1:]]),
         "seconds": round(seconds, 2),
         "megabytes_per_second": round(moved / 1e6 / seconds, 1),
-        "peak_resident_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "peak_resident_bytes": peak_bytes,
     }

@@ -5,6 +5,7 @@ batch may be larger than this machine: then only the first part of it is read, e
 """
 
 import argparse
+import contextlib
 import math
 import pathlib
 import sys
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     hosts = 1 if args.source else _most_hosts(recipe, rows=args.rows)
     data = pipeline.Pipeline(recipe.data, batch_rows=recipe.train.batch_rows, host_index=0, host_count=hosts)
     if args.subject.is_dir() and step_directory.list_steps(checkpoints := args.subject / "checkpoints"):
-        data.remember(restore.describe(checkpoints, verify=False).metadata.get("milestones", {}))
+        with contextlib.suppress(ValueError):  # a damaged checkpoint: its milestones only save time
+            data.remember(restore.describe(checkpoints, verify=False).metadata.get("milestones", {}))
     for line in _announced(data, step):
         print(line, file=sys.stderr)
     look = look_lib.look(data, step=step, rows=args.rows, source=args.source, window=window)
