@@ -32,6 +32,7 @@ import numpy as np
 from v4train.data import tokenizer as tokenizer_lib
 from v4train.decode import cache as cache_lib
 from v4train.decode import decoder as decoder_lib
+from v4train.decode import pages as pages_lib
 from v4train.decode import prompt as prompt_lib
 from v4train.decode import request as request_lib
 from v4train.decode import sampling, text
@@ -73,7 +74,6 @@ class _Sequence:
     stream: request_lib.Stream
     answer: text.Answer
     slot: int = -1
-    pages: tuple[int, ...] = ()
     read: int = 0  # tokens of the prompt that the cache holds
     produced: int = 0
     last: int = 0  # the token that the next step processes
@@ -97,8 +97,7 @@ class Scheduler:
         # Everything that a call takes is committed to the parameters' device, as what it returns is: else it would be compiled twice.
         self._device = jax.tree.leaves(decoder.params)[0].sharding
         self._cache = jax.device_put(decoder.empty(), self._device)
-        self._table = np.full((config.slots, config.pages_per_slot), -1, np.int32)
-        self._free_pages = list(range(decoder.layout.pages))[::-1]
+        self._pages = pages_lib.Pages(config, pages=decoder.layout.pages)
         self._waiting: collections.deque[_Sequence] = collections.deque()
         self._slots: list[_Sequence | None] = [None] * config.slots
         self._knobs = sampling.Knobs(
@@ -163,7 +162,7 @@ class Scheduler:
     def statistics(self) -> Statistics:
         """A snapshot, from any thread."""
         finished = {name: self._counts[name] for name in ("stop", "length", "cancelled", "error")}
-        pages = self.decoder.layout.pages - len(self._free_pages)
+        pages = self.decoder.layout.pages - self._pages.free
         return Statistics(
             prompt_tokens=self._counts["prompt_tokens"],
             tokens=self._counts["tokens"],
@@ -193,7 +192,7 @@ class Scheduler:
                 f"max_tokens {most}: it must be from 1 to {room}, because the prompt has {len(r.prompt)} tokens and a sequence "
                 f"may have {self.decoder.config.max_length}"
             )
-        elif self._pages(len(r.prompt) + most) > self.decoder.layout.pages:
+        elif -(-(len(r.prompt) + most) // self.decoder.config.page_tokens) > self.decoder.layout.pages:
             problems.append(f"the cache cannot hold {len(r.prompt) + most} tokens: lower max_tokens, or give the cache more pages")
         if not (math.isfinite(r.temperature) and r.temperature >= 0):
             problems.append(f"temperature {r.temperature}: it must be 0 (greedy) or above")
@@ -208,9 +207,6 @@ class Scheduler:
         if problems:
             raise ValueError("; ".join(problems))
         return most
-
-    def _pages(self, tokens: int) -> int:
-        return -(-tokens // self.decoder.config.page_tokens)
 
     def _drop_cancelled(self) -> None:
         with self._lock:
@@ -228,14 +224,12 @@ class Scheduler:
                 if not self._waiting:
                     return
                 first = self._waiting[0]
-                count = self._pages(len(first.prompt) + first.stream.max_tokens)
-                if count > len(self._free_pages):
+                if not self._pages.reserve(slot, tokens=len(first.prompt) + first.stream.max_tokens):
                     return
                 self._waiting.popleft()
                 self._order.append(first)
-            first.slot, first.pages = slot, tuple(self._free_pages.pop() for _ in range(count))
+            first.slot = slot
             self._slots[slot] = first
-            self._table[slot, :count] = first.pages
             self._place_pages()
             request, seed = first.stream.request, first.stream.seed
             for knob, value in zip(
@@ -244,7 +238,7 @@ class Scheduler:
                 knob[slot] = value
 
     def _place_pages(self) -> None:
-        self._cache = self._cache._replace(page_table=jax.device_put(self._table.copy(), self._device))
+        self._cache = self._cache._replace(page_table=jax.device_put(self._pages.table.copy(), self._device))
 
     def _prefill(self, sequence: _Sequence) -> None:
         began, prompt = time.monotonic(), sequence.prompt
@@ -328,9 +322,8 @@ class Scheduler:
         with self._lock:
             self._order.remove(sequence)
         self._slots[sequence.slot] = None
-        self._free_pages.extend(sequence.pages)
-        self._table[sequence.slot] = -1
-        sequence.slot, sequence.pages = -1, ()
+        self._pages.release(sequence.slot)
+        sequence.slot = -1
 
     def _guarded(self, concerned: list[_Sequence], call: Callable[[], None]) -> None:
         """Runs a call of the model; if it fails, so do the sequences concerned, and all others whose cache it took."""
