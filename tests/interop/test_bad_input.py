@@ -15,34 +15,14 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from tests.interop import steps
 from v4train.checkpoint import arrays as arrays_lib
 from v4train.cli import main
 from v4train.interop import tensor_files
 
 
-@pytest.fixture(scope="module")
-def made():
-    return steps.recipe()
-
-
-@pytest.fixture(scope="module")
-def run(made, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("made") / "run"
-    steps.write(directory, made, steps.values(made.model))
-    return directory
-
-
-@pytest.fixture(scope="module")
-def good(run, tmp_path_factory):
-    out = tmp_path_factory.mktemp("weights") / "good"
-    assert main.main(["convert", "export", str(run), str(out), "--format", "fp32", "--shard-gb", "0.001"]) == 0
-    return out
-
-
 @pytest.fixture
-def copy(good, tmp_path):
-    return pathlib.Path(shutil.copytree(good, tmp_path / "bad"))
+def copy(exported, tmp_path):
+    return pathlib.Path(shutil.copytree(exported, tmp_path / "bad"))
 
 
 def refused(words, capsys, *, out: pathlib.Path) -> str:
@@ -123,13 +103,13 @@ def test_a_config_without_the_needed_keys(copy, tmp_path, capsys):
     assert all(f"{key} is missing" in error for key in ("hidden_size", "compress_rope_theta", "n_routed_experts"))
 
 
-def test_directories_that_are_none(good, run, tmp_path, capsys):
+def test_directories_that_are_none(exported, run, tmp_path, capsys):
     out = tmp_path / "out"
     assert "nowhere/config.json does not exist" in refused(["import", tmp_path / "nowhere", out], capsys, out=out)
     assert "nowhere does not exist: give a run directory" in refused(["export", tmp_path / "nowhere", out], capsys, out=out)
     out.mkdir()
     (out / "mine").write_text("precious")
-    for words in (["import", good, out], ["export", run, out]):
+    for words in (["import", exported, out], ["export", run, out]):
         assert "exists already; remove it, or choose another directory" in refused(words, capsys, out=out)
     assert (out / "mine").read_text() == "precious"
 
@@ -157,13 +137,13 @@ def small_disk(where: pathlib.Path, *, megabytes: float):
 
 @pytest.mark.parametrize("direction", ["import", "export"])
 @pytest.mark.parametrize("seen_early", [True, False])
-def test_a_full_disk(good, run, tmp_path, capsys, monkeypatch, direction, seen_early):
+def test_a_full_disk(exported, run, tmp_path, capsys, monkeypatch, direction, seen_early):
     """Room is looked for before anything is written; when another program takes it meanwhile, the write fails."""
     if not seen_early:
         plenty = shutil._ntuple_diskusage(10**12, 0, 10**12)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: plenty)
         monkeypatch.setattr(tensor_files, "_require_space", lambda *_, **__: None)
-    words = ["import", good] if direction == "import" else ["export", run]
+    words = ["import", exported] if direction == "import" else ["export", run]
     with small_disk(tmp_path / "disk", megabytes=1.5) as disk:
         error = refused([*words, disk / "out"], capsys, out=disk / "out")
         assert "space" in error or "room" in error
@@ -172,7 +152,7 @@ def test_a_full_disk(good, run, tmp_path, capsys, monkeypatch, direction, seen_e
 
 
 @pytest.mark.parametrize("direction", ["import", "export"])
-def test_kill_minus_nine_leaves_nothing_that_looks_complete(good, run, tmp_path, capsys, direction):
+def test_kill_minus_nine_leaves_nothing_that_looks_complete(exported, run, tmp_path, capsys, direction):
     """The killed conversion's remains are hidden, and the next one starts clean."""
     slow = """
 import sys, time
@@ -185,7 +165,7 @@ for owner, name in ((streaming.Writer, "write"), (streaming.Reader, "read")):
     setattr(owner, name, slowly)
 sys.exit(main.main(sys.argv[1:]))
 """
-    words = ["convert", direction, str(good if direction == "import" else run), str(tmp_path / "out")]
+    words = ["convert", direction, str(exported if direction == "import" else run), str(tmp_path / "out")]
     process = subprocess.Popen([sys.executable, "-c", slow, *words], stdout=subprocess.DEVNULL, env=os.environ | {"XLA_FLAGS": ""})
     hidden, deadline = tmp_path / ".out.incomplete", time.monotonic() + 60
     while not any(hidden.rglob("*.safetensors" if direction == "export" else "arrays")) and time.monotonic() < deadline:

@@ -14,26 +14,6 @@ from v4train.cli import main
 from v4train.interop import released as released_lib
 
 
-@pytest.fixture(scope="module")
-def made():
-    return steps.recipe()
-
-
-@pytest.fixture(scope="module")
-def run(made, tmp_path_factory):
-    """A run directory with one step."""
-    directory = tmp_path_factory.mktemp("made") / "run"
-    steps.write(directory, made, steps.values(made.model))
-    return directory
-
-
-@pytest.fixture(scope="module")
-def exported(run, tmp_path_factory):
-    out = tmp_path_factory.mktemp("weights") / "open"
-    assert main.main(["convert", "export", str(run), str(out), "--format", "fp32", "--shard-gb", "0.001"]) == 0
-    return out
-
-
 def test_an_export_has_everything_that_loaders_look_for(exported, made):
     names = {path.name for path in exported.iterdir()}
     shards = {f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)}
