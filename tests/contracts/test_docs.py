@@ -30,6 +30,7 @@ PAGES = (
     "docs/parallelism.md",
     "docs/planner.md",
     "docs/recipe.md",
+    "docs/recipe_keys.md",
     "docs/serving.md",
     "data/demo/README.md",
     "tests/golden/README.md",
@@ -167,7 +168,7 @@ def test_recipes_can_be_loaded_from_the_headings_of_their_files():
 
 
 def test_fields_of_records_and_of_the_summary_are_those_that_the_trainer_writes():
-    text = _pages()["docs/recipe.md"].partition("### `metrics.jsonl`")[2]
+    text = _pages()["docs/recipe_keys.md"].partition("### `metrics.jsonl`")[2]
     source = "".join(file.read_text(encoding="utf-8") for file in (PROJECT / "src/v4train/train").rglob("*.py"))
     written = set(re.findall(r'"([a-z_/]+)": ', source))
     fields = [field for row in re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE) for field in re.findall(r"`([^`]+)`", row)]
