@@ -67,7 +67,8 @@ def vague_names(project: pathlib.Path) -> list[str]:
 def machine_paths(project: pathlib.Path) -> list[str]:
     """Lines that name a folder of one person's machine."""
     files = [path for folder in FOLDERS for path in sorted((project / folder).rglob("*")) if path.suffix in TEXTS]
-    files += [path for path in sorted(project.iterdir()) if path.suffix in TEXTS]
+    here = (path for path in sorted(project.iterdir()) if path.name != ".git")  # in a git worktree that is a file, and names its place
+    files += [path for path in here if path.suffix in TEXTS]
     wrong = []
     for path in files:
         if not path.is_file() or "__pycache__" in path.parts or any(part.endswith(".egg-info") for part in path.parts):
