@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from v4train.core import param
 from v4train.model import config as config_lib
@@ -35,6 +35,7 @@ class LayerStats(NamedTuple):
     indexer_loss: Float[Array, ""]
     late: Float[Array, ""]  # (token, expert) pairs that waited for a further round of the exchange
     dropped: Float[Array, ""]  # and those that were left out
+    experts: Int[Array, "b s k"] | None = None  # where each token went, if that was asked for
 
 
 class Block(nnx.Module):
@@ -50,12 +51,26 @@ class Block(nnx.Module):
         self.moe_norm = param.scale(config.hidden)
         self.moe = moe.Moe(config, hashed=spec.hashed)
 
-    def __call__(self, streams: Float[Array, "b s n d"], context: context_lib.Context) -> tuple[Float[Array, "b s n d"], LayerStats]:
+    def __call__(
+        self,
+        streams: Float[Array, "b s n d"],
+        context: context_lib.Context,
+        given: Int[Array, "b s k"] | None = None,
+        *,
+        keep_experts: bool = False,
+    ) -> tuple[Float[Array, "b s n d"], LayerStats]:
+        """The streams after the layer. ``given`` experts replace the router's choice; ``keep_experts`` reports where tokens went."""
         x, mixing = self.attention_mix(streams)
         attended = self.attention(norm.rms_norm(x, self.attention_norm[...], eps=self.eps), context)
         streams = constrain.constrain(hyper_connections.write_back(streams, attended.out, mixing), "B S N D")
         x, mixing = self.moe_mix(streams)
-        mixed = self.moe(norm.rms_norm(x, self.moe_norm[...], eps=self.eps), context.inputs)
+        mixed = self.moe(norm.rms_norm(x, self.moe_norm[...], eps=self.eps), context.inputs, given)
         streams = constrain.constrain(hyper_connections.write_back(streams, mixed.out, mixing), "B S N D")
         losses = mixed.routing.balance_loss, attended.indexer_loss
-        return streams, LayerStats(mixed.routing.load, *losses, late=mixed.late, dropped=mixed.dropped)
+        return streams, LayerStats(
+            mixed.routing.load,
+            *losses,
+            late=mixed.late,
+            dropped=mixed.dropped,
+            experts=mixed.routing.experts if keep_experts else None,
+        )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from v4train.core import param
 from v4train.model import config as config_lib
@@ -114,7 +114,8 @@ class Moe(nnx.Module):
         self.experts = param.tag(RoutedExperts(config), "routed_expert")
         self.shared = SharedExpert(config)
 
-    def __call__(self, x: Float[Array, "b s d"], inputs: context_lib.Inputs) -> Mixture:
-        routing = self.router(x, inputs)
+    def __call__(self, x: Float[Array, "b s d"], inputs: context_lib.Inputs, given: Int[Array, "b s k"] | None = None) -> Mixture:
+        """``given``: see `router.Router`."""
+        routing = self.router(x, inputs, given)
         routed = self.experts(x, routing)
         return Mixture(routed.out + self.shared(x), routing, routed.late, routed.dropped)

@@ -7,7 +7,7 @@ zero there, never the first of the next document.
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from v4train.core import param
 from v4train.model import block as block_lib
@@ -30,13 +30,21 @@ class MultiTokenPrediction(nnx.Module):
         self.collapse = hyper_connections.HeadCollapse(config)
 
     def __call__(
-        self, streams: Float[Array, "b s n d"], embedded: Float[Array, "b s d"], context: context_lib.Context
+        self,
+        streams: Float[Array, "b s n d"],
+        embedded: Float[Array, "b s d"],
+        context: context_lib.Context,
+        given: Int[Array, "b s k"] | None = None,
+        *,
+        keep_experts: bool = False,
     ) -> tuple[Float[Array, "b s d"], block_lib.LayerStats]:
-        """Normalised hidden states that predict token t + 2."""
+        """Normalised hidden states that predict token t + 2. ``given`` and ``keep_experts``: see `block.Block`."""
         segments = context.inputs.segment_ids
         goes_on = segments == context_lib.ahead(segments, by=1)
         following = jnp.where(goes_on[..., None], context_lib.ahead(embedded, by=1), 0)
-        streams, stats = stack.remember(self.block, policy=self.remat)(self.join(streams, following), context)
+        streams, stats = stack.remember(self.block, policy=self.remat, keep_experts=keep_experts)(
+            self.join(streams, following), context, given
+        )
         return self.hidden(streams), stats
 
     def join(self, streams: Float[Array, "b s n d"], following: Float[Array, "b s d"]) -> Float[Array, "b s n d"]:

@@ -9,6 +9,9 @@ of an image carry the same placeholder id and would land on the same experts, so
 table is balanced by the token frequencies of the training data (`balanced_table`); a table of zeros, or one that ignores
 frequencies, floods a few experts.
 
+The choice may also be *given*: made for the same tokens by a forward pass with other parameters (anticipatory routing, V4 report). Then
+only the selection is foreign: affinities, weights, balance loss and load are those of the current parameters.
+
 The balance loss is sequence-wise: per document ``E / (k T^2) sum_i (tokens that chose i) (sum of normalised affinity i)``, 1 when
 balanced and E / k when collapsed; weighted by document length.
 """
@@ -50,15 +53,23 @@ class Router(nnx.Module):
         if hashed:
             self.table = param.buffer((config.vocab_size, moe.top_k), "_ _", dtype=jnp.int32, tags=frozenset({"hash_table"}))
 
-    def __call__(self, x: Float[Array, "b s d"], inputs: context_lib.Inputs) -> Routing:
-        moe = self.config
+    def __call__(self, x: Float[Array, "b s d"], inputs: context_lib.Inputs, given: Int[Array, "b s k"] | None = None) -> Routing:
+        """Where the tokens go: to the ``given`` experts, as an earlier `Routing` of the same batch has them, or to the best ones (None)."""
         real = inputs.segment_ids > 0
         affinity = jnp.sqrt(jax.nn.softplus(x.astype(jnp.float32) @ self.gate[...]))
+        experts = self._choose(affinity, inputs) if given is None else jnp.where(real[..., None], given, 0)
+        return self._routed(affinity, experts, inputs, real)
+
+    def _choose(self, affinity: Float[Array, "b s e"], inputs: context_lib.Inputs) -> Int[Array, "b s k"]:
         biased = jax.lax.stop_gradient(affinity) + self.bias[...].at[inputs.modality].get(mode="promise_in_bounds")
-        experts = constrain.shard_local(functools.partial(_best, k=moe.top_k), inputs=("B S _",), outputs="B S _")(biased)
+        experts = constrain.shard_local(functools.partial(_best, k=self.config.top_k), inputs=("B S _",), outputs="B S _")(biased)
         if self.hashed:
             by_id = self.table[...].at[inputs.tokens].get(mode="promise_in_bounds")
             experts = jnp.where((inputs.modality == 0)[..., None], by_id, experts)
+        return experts
+
+    def _routed(self, affinity: Array, experts: Array, inputs: context_lib.Inputs, real: Array) -> Routing:
+        moe = self.config
         chosen = gather.take_elements(affinity, experts)
         weights = chosen / jnp.sum(chosen, axis=-1, keepdims=True) * moe.scaling
         picked = jax.nn.one_hot(experts, moe.experts, dtype=jnp.float32).sum(axis=2) * real[..., None]

@@ -8,7 +8,7 @@ possible; V4-Flash (2 window, then CSA and HCA in turn, the first 3 hash-routed)
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,28 +67,31 @@ class Group(nnx.Module):
         for i, spec in enumerate(pattern):
             setattr(self, f"layer_{i}", block_lib.Block(config, spec))
 
-    def __call__(self, streams: Array, context: context_lib.Context) -> tuple[Array, dict[str, block_lib.LayerStats]]:
+    def __call__(
+        self, streams: Array, context: context_lib.Context, given: dict[str, Array] | None, keep_experts: bool
+    ) -> tuple[Array, dict[str, block_lib.LayerStats]]:
         stats = {}
         for i in range(self.size):
             name = f"layer_{i}"
-            streams, stats[name] = remember(getattr(self, name), policy=self.remat)(streams, context)
+            layer = remember(getattr(self, name), policy=self.remat, keep_experts=keep_experts)
+            streams, stats[name] = layer(streams, context, None if given is None else given[name])
         return streams, stats
 
 
-def remember(block: block_lib.Block, *, policy: str):
-    """The block's call, keeping for the backward pass only what the policy says.
+def remember(block: block_lib.Block, *, policy: str, keep_experts: bool = False):
+    """The block's call ``(streams, context, given=None)``, keeping for the backward pass only what the policy says.
 
     The block gathers its parameters inside: the backward pass gathers them again, and what is kept between is never whole.
     """
     graph, state = nnx.split(block)
 
-    def call(state, streams, context):
-        return nnx.merge(graph, unshard(state))(streams, context)
+    def call(state, streams, context, given=None):
+        return nnx.merge(graph, unshard(state))(streams, context, given, keep_experts=keep_experts)
 
     if policy == "none":
         return functools.partial(call, state)
     remembered = jax.checkpoint(call, policy=_POLICIES[policy])
-    return lambda streams, context: remembered(*_one_layer_at_a_time(state, streams), context)
+    return lambda streams, context, given=None: remembered(*_one_layer_at_a_time(state, streams), context, given)
 
 
 @jax.custom_vjp
@@ -125,24 +128,38 @@ class Stack(nnx.Module):
             setattr(self, f"run_{i}", param.stack(Group(config, run.pattern), run.repeat))
 
     def __call__(
-        self, streams: Float[Array, "b s n d"], context: context_lib.Context
+        self,
+        streams: Float[Array, "b s n d"],
+        context: context_lib.Context,
+        given: dict[str, dict[str, Any]] | None = None,
+        *,
+        keep_experts: bool = False,
     ) -> tuple[Float[Array, "b s n d"], dict[str, dict[str, block_lib.LayerStats]]]:
-        """Streams after the last layer, and statistics per run and place in its pattern, stacked over its repetitions."""
+        """Streams after the last layer, and statistics per run and place in its pattern, stacked over its repetitions.
+
+        Args:
+            streams: before the first layer.
+            context: what all layers look at.
+            given: experts that replace the routers' choices, i32 ``{run: {place: [repeat, b, s, k]}}``; None: the routers choose.
+            keep_experts: report where tokens went, in that same form.
+        """
         stats = {}
         for i, run in enumerate(self.runs):
             name = f"run_{i}"
             graph, state = nnx.split(getattr(self, name))
+            body = functools.partial(_scanned, graph, context, keep_experts)
+            xs = state, None if given is None else given[name]
             if run.repeat == 1:
-                streams, one = _scanned(graph, context, streams, jax.tree.map(lambda x: x[0], state))
+                streams, one = body(streams, jax.tree.map(lambda x: x[0], xs))
                 stats[name] = jax.tree.map(lambda x: x[None], one)
             else:
-                body = functools.partial(_scanned, graph, context)
-                streams, stats[name] = jax.lax.scan(body, streams, state)
+                streams, stats[name] = jax.lax.scan(body, streams, xs)
         return streams, stats
 
 
-def _scanned(graph, context, streams, state):
-    return nnx.merge(graph, state)(streams, context)
+def _scanned(graph, context, keep_experts, streams, xs):
+    state, given = xs
+    return nnx.merge(graph, state)(streams, context, given, keep_experts)
 
 
 def unshard(state: nnx.State) -> nnx.State:

@@ -8,7 +8,7 @@ A `Transformer` is abstract until `core.param.bind` gives it arrays:
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ class Outputs(NamedTuple):
     loads: dict  # tokens per modality and expert: {"stack": {run: {place: [repeat, M, E]}}, "mtp": [M, E]}
     late: Float[Array, ""]  # (token, expert) pairs that waited for a further round of the exchange
     dropped: Float[Array, ""]  # and those that were left out
+    experts: dict | None = None  # where tokens went, if that was asked for: {"stack": {run: {place: [repeat, b, s, k]}}, "mtp": [b, s, k]}
 
 
 class Transformer(nnx.Module):
@@ -50,24 +51,35 @@ class Transformer(nnx.Module):
         )
         self.mtp = None if config.mtp is None else param.tag(mtp.MultiTokenPrediction(config), "mtp")
 
-    def __call__(self, inputs: context_lib.Inputs, *, context: context_lib.Context | None = None) -> Outputs:
+    def __call__(
+        self,
+        inputs: context_lib.Inputs,
+        *,
+        context: context_lib.Context | None = None,
+        given: dict | None = None,
+        keep_experts: bool = False,
+    ) -> Outputs:
         """Hidden states of every position; `token_losses` and `logits` turn them into predictions.
 
         Args:
             inputs: the batch.
             context: what the layers look at, if it is not what `context.make` finds in the batch.
+            given: experts that replace the routers' choices, as ``experts`` of an earlier pass over the same batch; None: they choose.
+            keep_experts: whether the outputs shall have ``experts``.
         """
         context = context or context_lib.make(inputs, config=self.config)
         embedded = constrain.constrain(_gathered(self.embedding)(inputs), "B S D")
-        streams, stats = self.stack(constrain.constrain(self.spread(embedded), "B S N D"), context)
+        spread = constrain.constrain(self.spread(embedded), "B S N D")
+        streams, stats = self.stack(spread, context, None if given is None else given["stack"], keep_experts=keep_experts)
         hidden = self.hidden(streams)
         layers = [layer for run in stats.values() for layer in run.values()]
-        loads = {"stack": {name: {place: layer.load for place, layer in run.items()} for name, run in stats.items()}}
+        loads, experts = ({"stack": _of_layers(stats, field)} for field in ("load", "experts"))
         mtp_hidden = None
         if self.mtp is not None:
-            mtp_hidden, mtp_stats = _gathered(self.mtp)(streams, embedded, context)
+            foreseen = None if given is None else given["mtp"]
+            mtp_hidden, mtp_stats = _gathered(self.mtp)(streams, embedded, context, foreseen, keep_experts=keep_experts)
             layers.append(mtp_stats)
-            loads["mtp"] = mtp_stats.load
+            loads["mtp"], experts["mtp"] = mtp_stats.load, mtp_stats.experts
         return Outputs(
             hidden=constrain.constrain(hidden, "B S D"),
             mtp_hidden=mtp_hidden,
@@ -76,6 +88,7 @@ class Transformer(nnx.Module):
             loads=loads,
             late=jnp.stack([layer.late.sum() for layer in layers]).sum(),
             dropped=jnp.stack([layer.dropped.sum() for layer in layers]).sum(),
+            experts=experts if keep_experts else None,
         )
 
     def spread(self, embedded: Float[Array, "b s d"]) -> Float[Array, "b s n d"]:
@@ -110,6 +123,11 @@ class Transformer(nnx.Module):
         run = constrain.shard_local(local, inputs=("B S _", constrain.Stored("D V"), "B S", "V"), outputs="B S")
         # The backward pass gathers the head again, like every parameter, instead of keeping it.
         return jax.checkpoint(run)(hidden, self.head[...], targets, self._allowed())
+
+
+def _of_layers(stats: dict[str, dict[str, Any]], field: str) -> dict[str, dict[str, Array]]:
+    """One field of the statistics of all layers."""
+    return {name: {place: getattr(layer, field) for place, layer in run.items()} for name, run in stats.items()}
 
 
 def _gathered(module: nnx.Module) -> nnx.Module:
