@@ -172,8 +172,21 @@ def _schedule_fits(r: Recipe) -> str | None:
     return None
 
 
+def _stages_fit(r: Recipe) -> str | None:
+    try:
+        phases = r.data.schedule(batch_rows=r.train.batch_rows)
+    except ValueError:  # `_phases_fit` reports it
+        return None
+    try:
+        r.train.course(model=r.model, phases=phases)
+    except ValueError as e:
+        return str(e)
+    return None
+
+
 CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
     _phases_fit,
+    _stages_fit,
     _batch_divides,
     _experts_divide,
     _tensor_divides,

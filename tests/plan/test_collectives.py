@@ -38,7 +38,7 @@ def compiled(request):
     recipe = small.recipe(**CASES[request.param])
     mesh = mesh_lib.arrange(recipe.mesh, jax.devices()[:8])
     abstract = build.abstract(recipe, mesh=mesh)
-    text = build.lower_step(abstract, next(iter(abstract.batches))).compile(compiler.options()).as_text()
+    text = build.lower_step(abstract, abstract.variant_at(0)).compile(compiler.options()).as_text()
     assert text is not None
     return request.param, recipe, collectives.read(text, mesh=dict(mesh.shape))
 

@@ -26,13 +26,13 @@ def test_a_batch_is_placed_before_the_loop_waits_for_the_step_in_flight():
         log.append(f"place {batch}")
         return batch
 
-    def step(state, batch):
+    def step(state, batch, *, variant):
         log.append(f"start step {batch}")
         return state, Report(batch, log)
 
     recipe = types.SimpleNamespace(train=types.SimpleNamespace(steps=4))
     data = types.SimpleNamespace(iterate=lambda start: numbers)
-    parts = types.SimpleNamespace(recipe=recipe, data=data, place=place)
+    parts = types.SimpleNamespace(recipe=recipe, data=data, place=place, variant_at=lambda step: None)
     loop.run(parts, types.SimpleNamespace(step=step), None, start=0, hooks=(), stop=lambda done: False)
     for k in range(1, 4):
         assert log.index(f"start step {k}") < log.index(f"place {k + 1}") < log.index(f"start step {k + 1}")

@@ -30,18 +30,18 @@ def programs():
     """Each function is compiled once in this module, whatever run asks for it; the shapes that were asked for are kept."""
     steps, evaluates, asked = {}, {}, []
 
-    def lower(parts, shape, original=build.lower_step):
-        asked.append(shape)
-        key = (shape, len(parts.data.sources))
+    def lower(parts, variant, original=build.lower_step):
+        asked.append(variant.shape)
+        key = (variant, len(parts.data.sources))
         if key not in steps:
-            steps[key] = original(parts, shape).compile(compiler.options())
+            steps[key] = original(parts, variant).compile(compiler.options())
         return types.SimpleNamespace(compile=lambda options: steps[key])
 
     def compile_program(parts, *, first_step, original=build.compile_program):
-        sources, shape = len(parts.data.sources), build.shape_at(parts, first_step)
+        sources, variant = len(parts.data.sources), parts.variant_at(first_step)
         if sources not in evaluates:
-            evaluates[sources] = original(parts, first_step=first_step).evaluate
-        return build.Program({shape: build.lower_step(parts, shape).compile(None)}, evaluates[sources], 0.0)
+            evaluates[sources] = original(parts, first_step=first_step).evaluations
+        return build.Program({variant: build.lower_step(parts, variant).compile(None)}, evaluates[sources], 0.0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "lower_step", lower)

@@ -75,7 +75,7 @@ def test_the_order_of_acts():
         def after(self, step, report):
             acts.append(f"{self.name} after {step} {report}")
 
-    def step(state, batch):
+    def step(state, batch, *, variant):
         acts.append(f"step {state} {batch}")
         return state + 1, np.asarray(state)
 
@@ -83,6 +83,7 @@ def test_the_order_of_acts():
         recipe=types.SimpleNamespace(train=types.SimpleNamespace(steps=5)),
         data=types.SimpleNamespace(iterate=lambda start: iter(f"b{i}" for i in range(start, 99))),
         place=lambda batch: batch,
+        variant_at=lambda step: None,
     )
     program = types.SimpleNamespace(step=step)
     assert loop.run(parts, program, 3, start=3, hooks=[Watch("x"), Watch("y")], stop=lambda done: False) == (5, 5)

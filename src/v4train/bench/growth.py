@@ -99,7 +99,7 @@ def measure_depths(path: str, *, depths: Sequence[int], overrides: Sequence[str]
         layers = json.dumps([{"pattern": list(layers_of(base, depth=depth))}])
         parts = build.abstract(recipe_lib.resolve(path, overrides=[*overrides, f"model.layers={layers}"]).config, mesh=mesh)
         started = time.perf_counter()
-        lowered = build.lower_step(parts, next(iter(parts.batches)))
+        lowered = build.lower_step(parts, parts.variant_at(0))
         traced = time.perf_counter()
         lowered.compile(compiler.options())
         ended = time.perf_counter()

@@ -52,7 +52,7 @@ def measure(recipe: recipe_lib.Recipe, *, steps: int) -> dict[str, Any]:
     load_before = machine.load_average()
     parts = build.abstract(recipe, mesh=mesh)
     started = time.perf_counter()
-    compiled = build.lower_step(parts, next(iter(parts.batches))).compile(compiler.options())
+    compiled = build.lower_step(parts, parts.variant_at(0)).compile(compiler.options())
     compile_seconds, after_compile = time.perf_counter() - started, machine.peak_resident_bytes()
     print(f"compiled in {compile_seconds:.1f} s: {machine.compiled_memory(compiled)}", file=sys.stderr)
     packed = packed_batch(recipe)

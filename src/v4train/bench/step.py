@@ -108,7 +108,7 @@ def _time_steps(parts: build.Parts, program: build.Program, *, steps: int, warmu
         drawn = time.perf_counter()
         batch = jax.block_until_ready(parts.place(next(batches)))
         started = time.perf_counter()
-        state, report = jax.block_until_ready(program.step(state, batch))
+        state, report = jax.block_until_ready(program.step(state, batch, variant=parts.variant_at(i)))
         ended = time.perf_counter()
         if i == 0:
             first_step_ended = time.time()

@@ -39,7 +39,7 @@ def run(recipe: recipe_lib.Recipe, *, target: str) -> "compile.Report":
 
     def lower():
         abstract = build.abstract(recipe, mesh=mesh)
-        return build.lower_step(abstract, next(iter(abstract.batches)))
+        return build.lower_step(abstract, abstract.variant_at(0))
 
     return compile.ahead_of_time(described, mesh=mesh, lower=lower)
 

@@ -124,6 +124,11 @@ class Phases:
         """Tokens, padding included, of the steps before ``step``."""
         return self.at(step).places_before(step)
 
+    def first_step_after(self, places: int) -> int:
+        """The first step with at least so many tokens, padding included, before it: where `from_tokens` begins."""
+        after = self.phases[bisect.bisect_right(self.phases, places, key=lambda phase: phase.first_place) - 1]
+        return _first_step_after(places, of=after)
+
     @property
     def mixture(self) -> mixture.Mixture:
         """The weights, by rows."""
@@ -135,7 +140,11 @@ def _first_step(change: "config_lib.PhaseConfig", *, after: Phase) -> int:
     if change.from_step is not None:
         return change.from_step
     assert change.from_tokens is not None
-    return after.first_step + max(0, -(-(change.from_tokens - after.first_place) // after.shape.places))
+    return _first_step_after(change.from_tokens, of=after)
+
+
+def _first_step_after(places: int, *, of: Phase) -> int:
+    return of.first_step + max(0, -(-(places - of.first_place) // of.shape.places))
 
 
 def _next(before: Phase, first_step: int, shape: Shape, weights: tuple[fractions.Fraction, ...]) -> Phase:

@@ -3,6 +3,9 @@
 It has two halves. `abstract` needs a recipe and a mesh and touches neither devices nor data: shapes, dtypes and shardings of everything
 that a step reads and writes, enough to trace and lower it for any mesh, also one of a machine that is not here (`lower_step`). `parts`
 joins that with the devices and the data of a run. The planner compiles ahead of time what the trainer runs, because both come from here.
+
+Steps of one run differ in the shape of their batch and in the stage of the model. Each combination that a run comes to is a `Variant`,
+compiled by itself; all of them read and write the same state.
 """
 
 import concurrent.futures
@@ -11,6 +14,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -26,8 +30,34 @@ from v4train.optim import hybrid
 from v4train.sharding import constrain, rows, rules
 from v4train.sharding import mesh as mesh_lib
 from v4train.train import loss as loss_lib
+from v4train.train import stages as stages_lib
 from v4train.train import state as state_lib
 from v4train.train import step as step_lib
+
+
+class Variant(NamedTuple):
+    """What one compiled training step differs in from another of the same run.
+
+    Attributes:
+        shape: of the global batch, as its arrays have it.
+        stage: of the model.
+    """
+
+    shape: phases.Shape
+    stage: stages_lib.Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Staged:
+    """What learns in a stage.
+
+    Attributes:
+        model: abstract.
+        optimizer: of the trained parameters; in the indexer's warm-up nothing else moves.
+    """
+
+    model: transformer.Transformer
+    optimizer: optax.GradientTransformation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +67,9 @@ class Abstract:
     Attributes:
         recipe: all settings.
         mesh: the devices, or those of a topology (`jax.experimental.topologies`) or an abstract mesh, which only describe a machine.
-        model: abstract.
-        declarations: of its parameters.
-        optimizer: of the trained ones.
+        model: abstract, of the first stage.
+        declarations: of its parameters, the same in every stage.
+        optimizer: of the trained ones, of the first stage.
         state: shapes, dtypes and shardings of the training state.
         batches: likewise of a global batch, for each shape that the phases of the data have; the first phase's comes first.
     """
@@ -61,6 +91,32 @@ class Abstract:
     def sources(self) -> int:
         """Number of data sources."""
         return len(self.recipe.data.sources)
+
+    @functools.cached_property
+    def phases(self) -> phases.Phases:
+        """Of the data."""
+        return self.recipe.data.schedule(batch_rows=self.recipe.train.batch_rows)
+
+    @functools.cached_property
+    def stages(self) -> stages_lib.Stages:
+        """Of the model."""
+        return self.recipe.train.course(model=self.recipe.model, phases=self.phases)
+
+    def variant_at(self, step: int) -> Variant:
+        """Of the training step with this number, from 0."""
+        rows, length, *budgets = self.phases.at(step).shape
+        return Variant(phases.Shape(rows, length, *(max(1, budget) for budget in budgets)), self.stages.at(step))
+
+    def staged(self, stage: stages_lib.Stage) -> Staged:
+        """Model and optimizer in a stage. They read and write the state of every other."""
+        config = stage.model(self.recipe.model)
+        model = transformer.Transformer(config)
+        assert param.declarations(model) == self.declarations, f"the stage {stage} has other parameters than the first"
+        optimizer = optimizer_of(self.recipe.model_copy(update={"model": config}), self.declarations, mesh=self.mesh)
+        state = jax.eval_shape(optimizer.init, self.state.params)
+        same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, self.state.optimizer)
+        assert all(jax.tree.leaves(same)), f"the stage {stage} has another optimizer state than the first"
+        return Staged(model, optimizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,18 +145,22 @@ class Program:
     """Compiled functions, and how long that took.
 
     Attributes:
-        steps: a training step for each shape of batch that was asked for (`add_step`).
-        evaluate: for batches of the first phase's shape.
+        steps: a training step for each variant that was asked for (`add_step`).
+        evaluations: of batches of the first phase's shape, for each `Stage.evaluated` that was asked for (`add_evaluation`).
         compile_seconds: of what was compiled before the first step.
     """
 
-    steps: dict[phases.Shape, Callable[[state_lib.State, batch_lib.Batch], tuple[state_lib.State, step_lib.Report]]]
-    evaluate: Callable[[state_lib.State, batch_lib.Batch], tuple[jax.Array, jax.Array]]
+    steps: dict[Variant, Callable[[state_lib.State, batch_lib.Batch], tuple[state_lib.State, step_lib.Report]]]
+    evaluations: dict[stages_lib.Stage, Callable[[state_lib.State, batch_lib.Batch], tuple[jax.Array, jax.Array]]]
     compile_seconds: float
 
-    def step(self, state: state_lib.State, batch: batch_lib.Batch) -> tuple[state_lib.State, step_lib.Report]:
-        """One training step on a global batch whose shape was compiled."""
-        return self.steps[shape_of(batch)](state, batch)
+    def step(self, state: state_lib.State, batch: batch_lib.Batch, *, variant: Variant) -> tuple[state_lib.State, step_lib.Report]:
+        """One training step on a global batch, by a variant that was compiled."""
+        return self.steps[variant](state, batch)
+
+    def evaluate(self, state: state_lib.State, batch: batch_lib.Batch, *, stage: stages_lib.Stage) -> tuple[jax.Array, jax.Array]:
+        """Nats and targets of held-out rows by source, as the model of a stage that was compiled predicts them."""
+        return self.evaluations[stage.evaluated](state, batch)
 
 
 def shape_of(batch: batch_lib.Batch, *, hosts: int = 1) -> phases.Shape:
@@ -149,56 +209,65 @@ def optimizer_of(recipe: recipe_lib.Recipe, declarations: dict, *, mesh: jax.sha
 
 
 def compile_program(p: Parts, *, first_step: int = 0) -> Program:
-    """Traces here, then compiles evaluation, and the training step for the shape at ``first_step``, at once: XLA works outside of
+    """Traces here, then compiles evaluation, and the training step with the number ``first_step``, at once: XLA works outside of
     Python's lock."""
     started = time.perf_counter()
-    shape = shape_at(p, first_step)
-    evaluate = step_lib.Evaluate(p.model, p.declarations, p.recipe.numerics, p.sources)
-    replicated = NamedSharding(p.mesh, jax.sharding.PartitionSpec())
-    jobs = {
-        "step": lambda: lower_step(p, shape),
-        "evaluate": lambda: jax.jit(evaluate, out_shardings=replicated).lower(p.state, p.batch),
-    }
+    variant = p.variant_at(first_step)
+    jobs = {"step": lambda: lower_step(p, variant), "evaluate": lambda: lower_evaluation(p, variant.stage)}
     options = compiler.options()
     with constrain.on_mesh(p.mesh), concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
         futures = {}
         for name, lower in jobs.items():
             futures[name] = pool.submit(contextvars.copy_context().run, lower().compile, options)
         compiled = {name: future.result() for name, future in futures.items()}
-    return Program({shape: compiled["step"]}, compiled["evaluate"], compile_seconds=time.perf_counter() - started)
+    evaluations = {variant.stage.evaluated: compiled["evaluate"]}
+    return Program({variant: compiled["step"]}, evaluations, compile_seconds=time.perf_counter() - started)
 
 
-def add_step(program: Program, p: Parts, *, step: int) -> float | None:
-    """Compiles the training step for the shape of batch ``step``, unless that was done; returns the seconds that it took."""
-    shape, started = shape_at(p, step), time.perf_counter()
-    if shape in program.steps:
+def add_step(program: Program, p: Parts, variant: Variant) -> float | None:
+    """Compiles the training step of a variant, unless that was done; returns the seconds that it took."""
+    started = time.perf_counter()
+    if variant in program.steps:
         return None
     with constrain.on_mesh(p.mesh):
-        program.steps[shape] = lower_step(p, shape).compile(compiler.options())
+        program.steps[variant] = lower_step(p, variant).compile(compiler.options())
     return time.perf_counter() - started
 
 
-def shape_at(p: Parts, step: int) -> phases.Shape:
-    """The shape of batch ``step``, as its arrays have it."""
-    rows, length, *budgets = p.data.phases.at(step).shape
-    return phases.Shape(rows, length, *(max(1, budget) for budget in budgets))
+def add_evaluation(program: Program, p: Parts, stage: stages_lib.Stage) -> float | None:
+    """Compiles the evaluation of a stage, unless that was done; returns the seconds that it took."""
+    started = time.perf_counter()
+    if stage.evaluated in program.evaluations:
+        return None
+    with constrain.on_mesh(p.mesh):
+        program.evaluations[stage.evaluated] = lower_evaluation(p, stage).compile(compiler.options())
+    return time.perf_counter() - started
 
 
-def trace_step(p: Abstract, shape: phases.Shape) -> jax.stages.Traced:
-    """The training step on batches of one shape, traced; the state is donated. ``lower`` it for the machine, and compile that."""
-    train = p.recipe.train
+def trace_step(p: Abstract, variant: Variant) -> jax.stages.Traced:
+    """The training step of a variant, traced; the state is donated. ``lower`` it for the machine, and compile that."""
+    train, staged = p.recipe.train, p.staged(variant.stage)
     step = step_lib.Step(
-        p.model, p.declarations, p.optimizer, p.recipe.numerics, p.sources, train.microbatches, p.recipe.optimizer.clip_norm
+        staged.model, p.declarations, staged.optimizer, p.recipe.numerics, p.sources, train.microbatches, p.recipe.optimizer.clip_norm
     )
     state_shardings = jax.tree.map(lambda x: x.sharding, p.state)
     replicated = NamedSharding(p.mesh, jax.sharding.PartitionSpec())
     with constrain.on_mesh(p.mesh):
-        return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated)).trace(p.state, p.batches[shape])
+        return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated)).trace(p.state, p.batches[variant.shape])
 
 
-def lower_step(p: Abstract, shape: phases.Shape) -> jax.stages.Lowered:
-    """The training step on batches of one shape, ready to be compiled."""
-    return trace_step(p, shape).lower()
+def lower_step(p: Abstract, variant: Variant) -> jax.stages.Lowered:
+    """The training step of a variant, ready to be compiled."""
+    return trace_step(p, variant).lower()
+
+
+def lower_evaluation(p: Abstract, stage: stages_lib.Stage) -> jax.stages.Lowered:
+    """The evaluation of a stage on batches of the first phase's shape, ready to be compiled."""
+    model = transformer.Transformer(stage.evaluated.model(p.recipe.model))
+    evaluate = step_lib.Evaluate(model, p.declarations, p.recipe.numerics, p.sources)
+    replicated = NamedSharding(p.mesh, jax.sharding.PartitionSpec())
+    with constrain.on_mesh(p.mesh):
+        return jax.jit(evaluate, out_shardings=replicated).lower(p.state, p.batch)
 
 
 def first_state(p: Parts) -> state_lib.State:

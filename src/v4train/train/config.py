@@ -1,8 +1,13 @@
 """Config of the training run itself."""
 
+from typing import Literal
+
 import pydantic
 
 from v4train.config import base
+from v4train.data import phases as phases_lib
+from v4train.model import config as model_config
+from v4train.train import stages as stages_lib
 
 
 class ClusterConfig(base.Config):
@@ -21,6 +26,32 @@ class ClusterConfig(base.Config):
     """Silence of a machine's network after which it is lost. A process that dies on a machine that lives is noticed at once."""
 
 
+class StageConfig(base.Config):
+    """What of the model changes from a step on; `data.phases` has what changes of the data. What a stage does not name stays as it was. To
+    change a run that has begun, append a stage."""
+
+    from_step: int | None = pydantic.Field(default=None, gt=0)
+    """The stage's first step, counted from 0; instead of `from_tokens`."""
+    from_tokens: int | None = pydantic.Field(default=None, gt=0)
+    """The stage begins with the first step that has at least so many tokens, padding included, before it: by the rule of
+    `data.phases`, so that the same number means the same step."""
+    attention: Literal["dense", "warmup", "sparse"] | None = None
+    """Phase of the CSA layers, instead of `model.kinds.*.phase`. dense: every visible entry, no indexer; warmup: every visible entry, only
+    the indexer learns; sparse: the selected entries. DeepSeek-V4: dense for about 1T tokens of 4K and 16K, at 64K a short warm-up,
+    then sparse."""
+    mtp_weight: float | None = pydantic.Field(default=None, ge=0)
+    """Of the multi-token prediction's loss, instead of `model.mtp.loss_weight`. DeepSeek-V4: 0.3, and 0.1 from the learning rate's decay
+    on."""
+
+    @pydantic.model_validator(mode="after")
+    def _begins_once_and_changes_something(self) -> "StageConfig":
+        if (self.from_step is None) == (self.from_tokens is None):
+            raise ValueError("a stage needs either from_step or from_tokens: give one of them")
+        if self.attention is None and self.mtp_weight is None:
+            raise ValueError("a stage that names neither attention nor mtp_weight changes nothing: give one of them, or remove it")
+        return self
+
+
 class TrainConfig(base.Config):
     """How long, how much at a time, and what to look at on the way."""
 
@@ -30,6 +61,8 @@ class TrainConfig(base.Config):
     """Rows of a step over all devices; a row is data.sequence_length tokens."""
     microbatches: int = pydantic.Field(default=1, gt=0)
     """Parts of a batch whose gradients are summed before one update."""
+    stages: tuple[StageConfig, ...] = ()
+    """Changes of the model's attention and losses in the course of training, in their order."""
     eval_every: int | None = pydantic.Field(default=None, gt=0)
     """Steps between evaluations on held-out rows; always also before the first and after the last step."""
     eval_batches: int = pydantic.Field(default=1, gt=0)
@@ -42,3 +75,11 @@ class TrainConfig(base.Config):
     """Where the run lives; {name} is the recipe's."""
     grace_seconds: float = pydantic.Field(default=30.0, gt=0)
     """Time after SIGTERM in which the last checkpoint must be written."""
+
+    def course(self, *, model: model_config.ModelConfig, phases: phases_lib.Phases) -> stages_lib.Stages:
+        """The stages by step. ``model`` is the first; ``phases`` are the data's, which count tokens.
+
+        Raises:
+            ValueError: stages out of order, or one that changes what the model does not have.
+        """
+        return stages_lib.Stages.of(self.stages, model=model, phases=phases)

@@ -48,7 +48,7 @@ def run(
         for hook in hooks:
             hook.before(done, state)
         batch = parts.place(next(batches))
-        state, new = program.step(state, batch)
+        state, new = program.step(state, batch, variant=parts.variant_at(done))
         if report is not None:
             _tell(hooks, done, report)
         report, done = new, done + 1

@@ -23,6 +23,7 @@ from v4train.data import history
 from v4train.model import count, flops
 from v4train.optim import schedule
 from v4train.train import build, cluster, initial, loop, resilience
+from v4train.train import stages as stages_lib
 from v4train.train import state as state_lib
 from v4train.train import summary as summary_lib
 from v4train.train.hooks import checkpoints, evaluation, first_step, metrics, phases, progress, quarantine, record
@@ -34,6 +35,7 @@ MAY_CHANGE = (
     "name",
     "mesh",
     "train.steps",
+    "train.stages",  # what of them must be as it was, their history says
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",
@@ -88,7 +90,7 @@ def run(loaded: load.Loaded[recipe_lib.Recipe], *, program_started: float, descr
             metadata = {"recipe": dump.values(_portable(recipe)), "seed": recipe.seed, "tokenizer": parts.data.tokenizer.fingerprint}
             if found is not None:
                 initial.check_is_run(found.metadata, directory)
-                _check_same(found.metadata, metadata, parts.data.history(found.step), directory)
+                _check_same(found.metadata, metadata, parts, step=found.step, directory=directory)
                 parts.data.remember(found.metadata.get("milestones", {}))
                 if (summary := _nothing_to_do(recipe, directory, step=found.step, tell=processes.first)) is not None:
                     return Outcome(summary, None)
@@ -145,7 +147,7 @@ def _train(
         bad = quarantine.BadRecords(parts.data.quarantine, path=own, sources=parts.data.sources, config=recipe.data)
         # Saved first: an evaluation must not use up the time that a stopped run has left.
         evaluates = evaluation.Evaluation(parts, program, sink, done=measured.pause)
-        compiles = phases.Shapes(parts, program, say=show.say, done=measured.pause)
+        compiles = phases.Changes(parts, program, say=show.say, done=measured.pause)
         hooks = [saves, evaluates, compiles, first, measured, phases.Amounts(parts, sink), bad]
         measured.pause()
         ended = lambda done: bad.too_many is not None or not processes.may_go(done)  # noqa: E731
@@ -210,14 +212,14 @@ def _metrics(
 ) -> metrics.Metrics:
     recipe = parts.recipe
     peak = hardware.peak_flops(jax.devices()[0].device_kind)
-    by_length = functools.cache(lambda length: flops.training(recipe.model, length=length).total)
+    credited = functools.cache(lambda stage, length: flops.training(stage.model(recipe.model), length=length).total)
     return metrics.Metrics(
         sink,
         sources=parts.data.sources,
         layers=metrics.layer_names(recipe.model),
         tokens=parts.data.phases.places_before,
         learning_rate=lambda step: float(schedule.learning_rate(recipe.optimizer.schedule, step=step, total_steps=recipe.train.steps)),
-        flops_per_token=lambda step: by_length(parts.data.phases.at(step).shape.sequence_length),
+        flops_per_token=lambda step: credited(parts.stages.at(step), parts.phases.at(step).shape.sequence_length),
         peak_flops=None if peak is None else peak * parts.mesh.size,
         experts_every=recipe.train.experts_every,
         seconds_before=seconds_before,
@@ -248,11 +250,12 @@ def _sinks(directory: pathlib.Path, *, recipe: recipe_lib.Recipe, start: int) ->
 def _describe(parts: build.Parts, metadata: dict[str, Any], step: int) -> dict[str, Any]:
     """What a checkpoint says beside its arrays."""
     data = parts.data
-    return {**metadata, "data": data.fingerprint_before(step), "history": data.history(step), "milestones": data.milestones(step)}
+    past = {"data": data.fingerprint_before(step), "history": data.history(step), "stages": parts.stages.history(step)}
+    return {**metadata, **past, "milestones": data.milestones(step)}
 
 
-def _check_same(saved: dict[str, Any], current: dict[str, Any], past: dict[str, Any], directory: pathlib.Path) -> None:
-    """Refuses a checkpoint of another model or optimizer, or one whose data were others than this recipe's up to its step."""
+def _check_same(saved: dict[str, Any], current: dict[str, Any], parts: build.Parts, *, step: int, directory: pathlib.Path) -> None:
+    """Refuses a checkpoint of another model or optimizer, or one whose data or stages were others than this recipe's up to its step."""
     remedy = f"Continue with the settings of {directory / 'recipe.yaml'}, or train in another directory (train.run_directory)."
     try:
         restore.check_recipe(saved["recipe"], current["recipe"], ignore=MAY_CHANGE)
@@ -262,10 +265,15 @@ def _check_same(saved: dict[str, Any], current: dict[str, Any], past: dict[str, 
         raise ValueError(f"{directory} was trained with another tokenizer (data.tokenizer). {remedy}")
     if "history" not in saved:
         raise ValueError(f"{directory} is of an older version, which does not say what data it has read. {remedy}")
-    if lines := history.differences(saved["history"], past):
+    if lines := history.differences(saved["history"], parts.data.history(step)):
         listed = "\n".join(f"  {line}" for line in lines)
         change = "What comes later may change: append to data.phases."
         raise ValueError(f"{directory}: the data are not those that this run was trained on so far:\n{listed}\n{change} {remedy}")
+    before = saved.get("stages", stages_lib.unchanging(parts.recipe.model, step=step))
+    if lines := stages_lib.differences(before, parts.stages.history(step)):
+        listed = "\n".join(f"  {line}" for line in lines)
+        change = "What comes later may change: append to train.stages."
+        raise ValueError(f"{directory}: the stages are not those that this run has gone through so far:\n{listed}\n{change} {remedy}")
 
 
 def _write_recipe(directory: pathlib.Path, loaded: load.Loaded[recipe_lib.Recipe]) -> None:

@@ -1,6 +1,6 @@
-"""Changes of the data in the course of a run: compiles the step for a new shape of batch, and records what of each source was drawn."""
+"""Changes in the course of a run: compiles the step for a new variant, of batch or of model, and records what of each source was drawn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from v4train.train import build
 from v4train.train import state as state_lib
@@ -8,25 +8,38 @@ from v4train.train import step as step_lib
 from v4train.train.hooks import record
 
 
-class Shapes:
-    """Compiles the training step for the batches of a phase before its first step. Its time is not a step's."""
+class Changes:
+    """Compiles the training step of a new variant before its first step, once, and says what is new. Its time is not a step's."""
 
     def __init__(self, parts: build.Parts, program: build.Program, *, say: Callable[[str], None], done: Callable[[], None]):
         """``say`` gets a line for people; ``done`` is called after a compilation."""
         self._parts, self._program, self._say, self._done = parts, program, say, done
+        self._current: build.Variant | None = None
 
     def before(self, step: int, state: state_lib.State) -> None:
-        """Compiles, if the next step is the first with batches of its shape."""
+        """Compiles, if the next step is the first of its variant; speaks, if it differs from the last."""
         if step >= self._parts.recipe.train.steps:
             return
-        seconds = build.add_step(self._program, self._parts, step=step)
-        if seconds is not None:
-            rows, length = self._parts.data.phases.at(step).shape[:2]
-            self._say(f"step {step:>6}  from here on {rows} rows of {length:,} tokens a step; compiled in {seconds:.1f} s")
+        variant = self._parts.variant_at(step)
+        seconds = build.add_step(self._program, self._parts, variant)
+        if self._current is not None and variant != self._current:
+            compiled = "compiled before" if seconds is None else f"compiled in {seconds:.1f} s"
+            self._say(f"step {step:>6}  from here on {', '.join(changed(self._current, variant))}; {compiled}")
             self._done()
+        self._current = variant
 
     def after(self, step: int, report: step_lib.Report) -> None:
         """Nothing."""
+
+
+def changed(old: build.Variant, new: build.Variant) -> Iterator[str]:
+    """What is new in a variant, for people."""
+    if old.shape != new.shape:
+        yield f"{new.shape.rows} rows of {new.shape.sequence_length:,} tokens a step"
+    if old.stage.attention != new.stage.attention:
+        yield f"{new.stage.attention} attention" + (" (only the indexer learns)" if new.stage.attention == "warmup" else "")
+    if old.stage.mtp_weight != new.stage.mtp_weight:
+        yield f"MTP weight {new.stage.mtp_weight:g}"
 
 
 class Amounts:

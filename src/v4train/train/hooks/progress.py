@@ -37,7 +37,8 @@ class Progress:
         """Shows a record."""
         if r["kind"] == "eval":
             losses = "  ".join(f"{name.removeprefix('loss/')} {value:.3f}" for name, value in r.items() if name.startswith("loss/"))
-            self.say(f"step {r['step']:>6}  held-out loss: {losses}")
+            by = f" by {r['attention']} attention" if r.get("attention") else ""
+            self.say(f"step {r['step']:>6}  held-out loss{by}: {losses}")
         elif r["kind"] == "train":
             self._train(r)
 
