@@ -50,11 +50,16 @@ def _describe(recipe) -> int:
     from v4train.config import dump
     from v4train.core import param
     from v4train.model import count, flops, transformer
+    from v4train.optim import flops as optim_flops
 
-    counted = count.parameters(param.declarations(transformer.Transformer(recipe.model)), top_k=recipe.model.moe.top_k)
+    declarations = param.declarations(transformer.Transformer(recipe.model))
+    counted = count.parameters(declarations, top_k=recipe.model.moe.top_k)
+    update = optim_flops.update(recipe.optimizer, declarations)
     per_token = flops.training(recipe.model, length=recipe.data.sequence_length)
     print(dump.yaml_text(recipe))
     print(f"# parameters {counted.total:,} total, {counted.active:,} active per token")
     print(f"# training FLOPs per token {per_token.total:.4g} at {recipe.data.sequence_length:,} tokens a row (sparse count)")
+    share = update.total / (update.total + per_token.total * recipe.tokens_per_step)
+    print(f"# optimizer FLOPs per step {update.total:.4g} (Newton-Schulz {update.newton_schulz:.4g}), {share:.1%} of a step's")
     print(f"# mesh of {recipe.mesh.devices} device(s), {recipe.tokens_per_step:,} tokens per step")
     return 0

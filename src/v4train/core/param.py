@@ -70,10 +70,13 @@ class Declaration:
         axes: one logical axis name (or None) per dimension.
         init: draws the first value.
         group: ``muon`` (matrices), ``adamw`` (everything else that is trained), ``buffer`` (state that gradients never touch:
-            router biases, hash tables; it is checkpointed like the rest).
-        decay: decoupled weight decay applies.
+            router biases, hash tables; it is checkpointed like the rest). A recipe may say otherwise for some tags (`optim.groups`).
+        decay: decoupled weight decay applies; a recipe may say otherwise for some tags, too.
+        heads: a matrix ``[in, heads * width]`` is that many matrices side by side. They are one for Muon unless the recipe says
+            `head_wise`.
         precision: ``compute`` weights are cast to the compute dtype before the forward pass, ``fp32`` ones never.
-        tags: roles that others select by: ``indexer``, ``routed_expert``, ``embedding``, ``mtp``, ``router_bias``, ``hash_table``.
+        tags: roles that others select by: ``indexer``, ``routed_expert``, ``embedding``, ``mtp``, ``router_bias``, ``hash_table``, and
+            those for which a recipe may choose group or decay: ``router_gate``, ``position_table``, ``sink``, ``hyper_gate``, ``norm``.
         dtype: of the master copy.
     """
 
@@ -82,6 +85,7 @@ class Declaration:
     init: Initialiser
     group: Group = "muon"
     decay: bool = True
+    heads: int = 1
     precision: Literal["compute", "fp32"] = "compute"
     tags: frozenset[str] = frozenset()
     dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.float32))
@@ -89,11 +93,22 @@ class Declaration:
     def __post_init__(self):
         assert len(self.shape) == len(self.axes), (self.shape, self.axes)
         assert self.group != "muon" or len(self.shape) >= 2, "muon needs a matrix"
+        assert self.shape[-1:] == () or self.shape[-1] % self.heads == 0, (self.shape, self.heads)
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The size of one of the independent matrices."""
+        return self.shape[-2], self.shape[-1] // self.heads
+
+    @property
+    def matrices(self) -> int:
+        """How many independent matrices there are: of layers, experts, output groups, heads."""
+        return math.prod(self.shape[:-2]) * self.heads
 
     @property
     def trained(self) -> bool:
@@ -113,9 +128,9 @@ def param(shape: tuple[int, ...], axes: str, init: Initialiser, **options) -> nn
     return _abstract(Declaration(shape=shape, axes=axes_lib.logical_axes(axes), init=init, **options))
 
 
-def scale(width: int, axes: str = "D", **options) -> nnx.Param:
-    """The weight of a norm: ones, fp32, AdamW, with decay (as V4 trains them)."""
-    return param((width,), axes, Constant(1.0), group="adamw", precision="fp32", **options)
+def scale(width: int, axes: str = "D", *, first: float = 1.0, **options) -> nnx.Param:
+    """The weight of a norm: ``first`` everywhere, fp32, AdamW, with decay (as V4 trains them)."""
+    return param((width,), axes, Constant(first), group="adamw", precision="fp32", tags=frozenset({"norm"}), **options)
 
 
 def buffer(shape: tuple[int, ...], axes: str, *, dtype: jnp.dtype, tags: frozenset[str]) -> nnx.Param:

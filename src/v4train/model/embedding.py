@@ -30,7 +30,7 @@ class ImageStem(nnx.Module):
         self.down = param.param((2 * d, d), "F D", init)
         self.columns = param.param((image.grid, d), "_ D", init, group="adamw", precision="fp32")
         self.rows = param.param((image.grid, d), "_ D", init, group="adamw", precision="fp32")
-        self.norm = param.param((d,), "D", param.Constant(config.init_std), group="adamw", precision="fp32")
+        self.norm = param.scale(d, first=config.init_std)
 
     def __call__(self, patches: Int[Array, "b p x"], xy: Int[Array, "b p 2"]) -> Float[Array, "b p d"]:
         pixels = norm.layer_norm(patches.astype(jnp.float32) / 255, eps=self.eps).astype(self.up[...].dtype)
@@ -45,7 +45,7 @@ class AudioStem(nnx.Module):
     def __init__(self, config: config_lib.ModelConfig, audio: config_lib.AudioStemConfig):
         self.eps, self.levels = config.norm_eps, audio.levels
         self.table = param.param((audio.bins * audio.levels, config.hidden), "_ D", param.Normal(config.init_std), group="adamw")
-        self.norm = param.param((config.hidden,), "D", param.Constant(config.init_std), group="adamw", precision="fp32")
+        self.norm = param.scale(config.hidden, first=config.init_std)
 
     def __call__(self, frames: Int[Array, "b a bins"]) -> Float[Array, "b a d"]:
         table = self.table[...]

@@ -45,7 +45,7 @@ class HyperConnection(nnx.Module):
     def __init__(self, config: config_lib.ModelConfig):
         self.config, self.eps = config.hyper, config.norm_eps
         n = config.hyper.streams
-        fixed = {"group": "adamw", "decay": False, "precision": "fp32"}
+        fixed = {"group": "adamw", "decay": False, "precision": "fp32", "tags": frozenset({"hyper_gate"})}
         self.fn = param.param((n * config.hidden, (2 + n) * n), "D _", param.Normal(config.init_std), precision="fp32")
         self.scale = param.param((3,), "_", param.Constant(config.hyper.scale_init), **fixed)
         self.base = param.param(((2 + n) * n,), "_", param.Constant(0.0), **fixed)
@@ -71,7 +71,7 @@ class HeadCollapse(nnx.Module):
     def __init__(self, config: config_lib.ModelConfig):
         self.config, self.eps = config.hyper, config.norm_eps
         n = config.hyper.streams
-        fixed = {"group": "adamw", "decay": False, "precision": "fp32"}
+        fixed = {"group": "adamw", "decay": False, "precision": "fp32", "tags": frozenset({"hyper_gate"})}
         self.fn = param.param((n * config.hidden, n), "D _", param.Normal(config.init_std), precision="fp32")
         self.scale = param.param((1,), "_", param.Constant(config.hyper.scale_init), **fixed)
         self.base = param.param((n,), "_", param.Constant(0.0), **fixed)

@@ -48,7 +48,8 @@ class Router(nnx.Module):
     def __init__(self, config: config_lib.ModelConfig, *, hashed: bool):
         self.config, self.hashed = config.moe, hashed
         moe = config.moe
-        self.gate = param.param((config.hidden, moe.experts), "D _", param.Normal(config.init_std), precision="fp32")
+        gate = {"precision": "fp32", "tags": frozenset({"router_gate"})}
+        self.gate = param.param((config.hidden, moe.experts), "D _", param.Normal(config.init_std), **gate)
         self.bias = param.buffer((len(config_lib.MODALITIES), moe.experts), "M _", dtype=jnp.float32, tags=frozenset({"router_bias"}))
         if hashed:
             self.table = param.buffer((config.vocab_size, moe.top_k), "_ _", dtype=jnp.int32, tags=frozenset({"hash_table"}))

@@ -6,6 +6,8 @@ import pydantic
 
 from v4train.config import base
 
+Group = Literal["muon", "adamw"]
+
 COARSE = (3.4445, -4.7750, 2.0315)
 """Newton-Schulz coefficients with a steep slope at 0: they lift small singular values fast, to somewhere in 0.7 .. 1.2."""
 FINE = (2.0, -1.5, 0.5)
@@ -59,6 +61,11 @@ class MuonConfig(base.Config):
     """Of the Newton-Schulz iteration. float32 is computed at full precision on every chip; bfloat16 is several times faster on
     accelerators and good to about 1 %."""
 
+    @property
+    def element_bytes(self) -> int:
+        """Of an element of a matrix in the iteration."""
+        return 4 if self.ns_dtype == "float32" else 2
+
 
 class AdamWConfig(base.Config):
     """Adam's moments. Weight decay belongs to the whole optimizer."""
@@ -71,13 +78,33 @@ class AdamWConfig(base.Config):
     """Added to the root of the second moment. It only has to make 0 / 0 a 0, and it must be a normal number in fp32."""
 
 
+class DecayConfig(base.Config):
+    """What else shrinks by `weight_decay`. Matrices, embedding and head always do."""
+
+    norms: bool = True
+    """Weights of norms."""
+    position_tables: bool = False
+    """The compressors' tables of position logits."""
+    sinks: bool = False
+    """Attention sinks, one logit a head."""
+    hyper_gates: bool = False
+    """Scales and biases of the hyper-connections."""
+
+
 class OptimizerConfig(base.Config):
-    """Muon for matrices, AdamW for the rest; which is which, and what decays, is said where a parameter is declared."""
+    """Muon for matrices, AdamW for the rest. Which is which, and what decays, is said where a parameter is declared, and here for
+    those about which the paper is silent."""
 
     schedule: ScheduleConfig
     clip_norm: float | None = pydantic.Field(default=1.0, gt=0)
     """Largest global norm of the gradients; null: they are not clipped. The paper does not say."""
     weight_decay: float = pydantic.Field(default=0.1, ge=0)
     """Decoupled: a decaying parameter shrinks by this times the learning rate, each step."""
-    muon: MuonConfig = MuonConfig()
+    decays: DecayConfig = DecayConfig()
+    muon: MuonConfig | None = MuonConfig()
+    """Of the matrices. null: AdamW trains them, too."""
+    router_gates: Group = "muon"
+    """What trains the gates of the routers, `[hidden, experts]`."""
+    position_tables: Group = "adamw"
+    """What trains the compressors' tables of position logits, `[ratio, features]`."""
     adamw: AdamWConfig = AdamWConfig()

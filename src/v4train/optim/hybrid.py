@@ -1,7 +1,7 @@
 """Muon for matrices, AdamW for the rest, as one `optax.GradientTransformation`.
 
-The groups come from the parameters' declarations, so there is no list of name patterns to keep in step with the model. The update
-contains the learning rate and the decoupled weight decay::
+The groups come from the parameters' declarations (`groups`), so there is no list of name patterns to keep in step with the model. The
+update contains the learning rate and the decoupled weight decay::
 
     update = -lr (direction + weight_decay param)         the second term only where ``declaration.decay``
 
@@ -27,7 +27,7 @@ import optax
 from jaxtyping import Array, Int
 
 from v4train.core import param, tree
-from v4train.optim import adamw, muon, schedule, stacking
+from v4train.optim import adamw, groups, muon, schedule, stacking
 from v4train.optim.config import OptimizerConfig
 from v4train.sharding import rules
 
@@ -60,7 +60,7 @@ def hybrid(
 
     Args:
         config: of all parts. ``clip_norm`` is not applied here but by `clip.clip_by_global_norm`.
-        declarations: nested dict of trained parameters.
+        declarations: nested dict of trained parameters, as the model declares them.
         total_steps: updates in the whole run, for the schedule.
         mesh: the devices on which parameters, gradients and state lie as `sharding.rules` stores them (None: one device). Newton-Schulz
             is divided among them (see `stacking`).
@@ -70,6 +70,7 @@ def hybrid(
         ValueError: the schedule does not fit into ``total_steps``.
     """
     config.schedule.check(total_steps)
+    declarations = groups.assign(config, declarations)
     declared = param.flatten(declarations)
     buffers = [path for path, declaration in declared.items() if not declaration.trained]
     assert not buffers, f"buffers are not the optimizer's: {buffers}"
@@ -117,11 +118,13 @@ class _Hybrid:
     def _muon(self, gradients: list[Array], state: HybridState) -> tuple[dict[int, Array], dict]:
         """The directions of Muon's live parameters, and the momentum of all."""
         momentum, structure = jax.tree.flatten(state.momentum)
-        lookahead = {}
+        lookahead, config = {}, self.config.muon
+        if config is None:
+            return {}, state.momentum
         for slot, i in enumerate(self._numbers("muon")):
             if i in self.live:
-                lookahead[i], momentum[slot] = muon.move(gradients[i], momentum=momentum[slot], config=self.config.muon)
-        orthogonal = muon.orthogonalise(list(lookahead.values()), config=self.config.muon, placed=self._placed(lookahead))
+                lookahead[i], momentum[slot] = muon.move(gradients[i], momentum=momentum[slot], config=config)
+        orthogonal = muon.orthogonalise(list(lookahead.values()), config=config, placed=self._placed(lookahead))
         return dict(zip(lookahead, orthogonal, strict=True)), jax.tree.unflatten(structure, momentum)
 
     def _adamw(self, gradients: list[Array], state: HybridState) -> tuple[dict[int, Array], dict, dict]:
@@ -146,7 +149,10 @@ class _Hybrid:
 
 
 def state_like(leaves: dict, *, declarations: dict, count: Any) -> HybridState:
-    """A state whose leaves are those of ``leaves`` (a nested dict like the parameters, of shardings for example), and ``count``."""
+    """A state whose leaves are those of ``leaves`` (a nested dict like the parameters, of shardings for example), and ``count``.
+
+    The declarations are those that `groups.assign` gives.
+    """
     moments = _members(leaves, declarations, "adamw")
     return HybridState(count, _members(leaves, declarations, "muon"), moments, moments)
 

@@ -204,7 +204,9 @@ def _tensor(recipe: recipe_lib.Recipe, shape: phases.Shape, place: activations.P
 
 def _optimizer(recipe: recipe_lib.Recipe, placed: list[weights.Weight]) -> list[Transfer]:
     """Parts of matrices to one device and back; copies share the matrices, and the results are gathered (`optim.stacking`)."""
-    sizes, width = recipe.mesh.sizes, 4 if recipe.optimizer.muon.ns_dtype == "float32" else 2
+    if recipe.optimizer.muon is None:
+        return []
+    sizes, width = recipe.mesh.sizes, recipe.optimizer.muon.element_bytes
     found = []
     for stack in weights.stacks(placed, sizes=sizes):
         for axes in filter(None, (stack.rows, stack.columns)):

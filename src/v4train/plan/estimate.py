@@ -9,6 +9,7 @@ from v4train.core import hardware, param
 from v4train.data import phases
 from v4train.model import config as model_config
 from v4train.model import count, transformer
+from v4train.optim import groups
 from v4train.plan import activations, comms, cost, machine, memory, timing, weights
 from v4train.sharding import mesh as mesh_lib
 
@@ -82,9 +83,9 @@ def platform_of(on: machine.Machine) -> str:
     return "tpu" if isinstance(on.chip.network, hardware.Torus) else "gpu"
 
 
-def declarations_of(model: model_config.ModelConfig) -> dict:
-    """All parameters of a model."""
-    return _declarations(model.model_dump_json())
+def declarations_of(recipe: recipe_lib.Recipe) -> dict:
+    """All parameters of a recipe's model, as its optimizer treats them."""
+    return groups.assign(recipe.optimizer, _declarations(recipe.model.model_dump_json()))
 
 
 @functools.lru_cache(maxsize=8)
@@ -153,7 +154,7 @@ def of_phase(
         placed: the parameters on the mesh, if they are known.
     """
     platform = platform or platform_of(on)
-    placed = placed or weights.on_mesh(declarations_of(recipe.model), mesh=mesh_lib.abstract(recipe.mesh))
+    placed = placed or weights.on_mesh(declarations_of(recipe), mesh=mesh_lib.abstract(recipe.mesh))
     per_layer = per_layer or kept_by_kind(recipe, shape=shape)
     held = memory.of_step(recipe, placed, shape=shape, platform=platform, per_layer=per_layer)
     transfers = comms.of_step(recipe, placed, shape=shape, platform=platform)
@@ -190,7 +191,7 @@ def estimate(
     found = [of_phase(recipe, shape=shape, steps=steps, on=on, assumed=assumed) for shape, steps in shapes_of(recipe).items()]
     own = sum(phase.steps * phase.shape.places for phase in found)
     seconds = sum(phase.steps * phase.timing.step for phase in found) * ((tokens or own) / own)
-    declared = declarations_of(recipe.model)
+    declared = declarations_of(recipe)
     placed = weights.on_mesh(declared, mesh=mesh_lib.abstract(recipe.mesh))
     by_kind: dict[str, int] = {}
     for w in placed:

@@ -160,7 +160,7 @@ def _passing(
     chunk = min(model.loss_chunk, place.tokens)
     muon = sum(w.stored for w in placed if w.declaration.group == "muon")
     at_once = max((one.at_once for one in weights.stacks(placed, sizes=mesh.sizes)), default=0)
-    each = 4 if recipe.optimizer.muon.ns_dtype == "float32" else 2
+    each = recipe.optimizer.muon.element_bytes if recipe.optimizer.muon else 0
     return {
         "layer": inside + 2 * streams + max(_chunk(recipe, kind, place) for kind in (*model.layer_kinds, "window")),
         "gathered": 2 * max(layers.values(), default=0.0),

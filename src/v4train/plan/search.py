@@ -69,6 +69,8 @@ def changed(recipe: recipe_lib.Recipe, settings: Mapping[str, Any]) -> recipe_li
         at = values
         for name in parents:
             at = at[name]
+        if at is None:
+            return None
         at[last] = value
     try:
         found = recipe_lib.Recipe.model_validate(values)
@@ -103,7 +105,7 @@ class _Scaled:
         """The parameters on a mesh."""
         sizes = tuple(recipe.mesh.sizes.values())
         if sizes not in self._placed:
-            declared = estimate.declarations_of(recipe.model)
+            declared = estimate.declarations_of(recipe)
             self._placed = {sizes: weights.on_mesh(declared, mesh=mesh_lib.abstract(recipe.mesh))}
         return self._placed[sizes]
 

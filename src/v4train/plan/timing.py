@@ -16,6 +16,7 @@ from v4train.core import hardware
 from v4train.data import phases
 from v4train.model import config as model_config
 from v4train.model import flops
+from v4train.optim import flops as optim_flops
 from v4train.plan import comms, exchange, machine, memory, weights
 
 
@@ -147,12 +148,11 @@ def _vector_bytes(recipe: recipe_lib.Recipe, placed: list[weights.Weight], shape
 def _optimizer_seconds(
     recipe: recipe_lib.Recipe, placed: list[weights.Weight], on: machine.Machine, platform: str, assumed: Assumptions
 ) -> float:
-    steps = len(recipe.optimizer.muon.coefficients)
-    arithmetic, traffic = 0.0, 0.0
-    for stack in weights.stacks(placed, sizes=recipe.mesh.sizes):
-        n, m = stack.shape
-        arithmetic += steps * (4 * n * n * m + 2 * n**3) * stack.matrices
-        traffic += stack.dealt * 4 * 6 * steps
-    traffic += sum(w.stored * 4 * 8 for w in placed if w.declaration.trained)
-    slower = {"gpu": 15.0, "tpu": 6.0}.get(platform, 1.0) if recipe.optimizer.muon.ns_dtype == "float32" else 1.0
+    muon, arithmetic, slower = recipe.optimizer.muon, 0.0, 1.0
+    traffic = float(sum(w.stored * 4 * 8 for w in placed if w.declaration.trained))
+    if muon is not None:
+        slower = {"gpu": 15.0, "tpu": 6.0}.get(platform, 1.0) if muon.ns_dtype == "float32" else 1.0
+        for stack in weights.stacks(placed, sizes=recipe.mesh.sizes):
+            arithmetic += optim_flops.newton_schulz(stack.shape, steps=len(muon.coefficients)) * stack.matrices
+            traffic += stack.dealt * 4 * 6 * len(muon.coefficients)
     return arithmetic * slower / (assumed.matmul * on.chip.bf16_flops) + traffic / (assumed.memory * on.chip.hbm_bandwidth)

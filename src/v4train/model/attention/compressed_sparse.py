@@ -22,7 +22,7 @@ class Indexer(nnx.Module):
     def __init__(self, config: config_lib.ModelConfig, kind: config_lib.CompressedSparseConfig):
         init = param.Normal(config.init_std)
         self.kind = kind
-        self.wq_b = param.param((config.attention.query_rank, kind.index_heads * kind.index_head_dim), "R _", init)
+        self.wq_b = param.param((config.attention.query_rank, kind.index_heads * kind.index_head_dim), "R _", init, heads=kind.index_heads)
         self.weights_proj = param.param((config.hidden, kind.index_heads), "D _", init)
         self.compressor = compressor.Compressor(config, ratio=kind.ratio, width=kind.index_head_dim, overlap=True)
 

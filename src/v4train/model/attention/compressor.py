@@ -21,7 +21,8 @@ class Compressor(nnx.Module):
         self.overlap, self.eps = overlap, config.norm_eps
         self.wkv = param.param((config.hidden, features), "D K", init)
         self.wgate = param.param((config.hidden, features), "D K", init)
-        self.ape = param.param((ratio, features), "_ K", init, group="adamw", decay=False, precision="fp32")
+        table = {"group": "adamw", "decay": False, "precision": "fp32", "tags": frozenset({"position_table"})}
+        self.ape = param.param((ratio, features), "_ K", init, **table)
         self.norm = param.scale(width, "K")
 
     def __call__(self, x: Float[Array, "b s d"], blocks: compress.Blocks, *, freqs: np.ndarray) -> Float[Array, "b n k"]:

@@ -75,10 +75,11 @@ class Projections(nnx.Module):
         self.config, self.eps = a, config.norm_eps
         self.wq_a = param.param((d, a.query_rank), "D R", init)
         self.q_norm = param.scale(a.query_rank, "R")
-        self.wq_b = param.param((a.query_rank, a.heads * a.head_dim), "R H", init)
+        self.wq_b = param.param((a.query_rank, a.heads * a.head_dim), "R H", init, heads=a.heads)
         self.wkv = param.param((d, a.head_dim), "D K", init)
         self.kv_norm = param.scale(a.head_dim, "K")
-        self.sink = param.param((a.heads,), "_", param.Constant(0.0), group="adamw", decay=False, precision="fp32")
+        scalar = {"group": "adamw", "decay": False, "precision": "fp32", "tags": frozenset({"sink"})}
+        self.sink = param.param((a.heads,), "_", param.Constant(0.0), **scalar)
         self.wo_a = param.param((a.output_groups, a.heads // a.output_groups * a.head_dim, a.output_rank), "G H R", init)
         self.wo_b = param.param((a.output_groups * a.output_rank, d), "O D", init)
 
