@@ -23,7 +23,8 @@ def test_time_per_token_is_set_beside_flops_per_token(monkeypatch, capsys):
     def run(path, overrides, *, length, steps):
         asked.append((length, steps, overrides))
         seconds = {512: [9.0, 2.0, 1.0, 3.0], 2048: [9.0, 6.0, 7.0, 5.0]}[length]
-        return {"platform": "cpu", "measured": {"length": length, "step_seconds": seconds, "compile_seconds": 1.0}}
+        cpu = {512: [1.0, 1.0, 1.0, 1.0], 2048: [1.0, 2.0, 2.5, 2.0]}[length]
+        return {"platform": "cpu", "measured": {"step_seconds": seconds, "step_cpu_seconds": cpu, "compile_seconds": 1.0}}
 
     monkeypatch.setattr(memory, "run", run)
     assert main.main(["bench", "step", "--config", RECIPE, "--lengths", "2048,512", "--tokens", "4096"]) == 0
@@ -33,9 +34,10 @@ def test_time_per_token_is_set_beside_flops_per_token(monkeypatch, capsys):
     model = recipe_lib.resolve(RECIPE).config.model
     work = flops.training(model, length=2048).total / flops.training(model, length=512).total
     (found,) = result["growth"]
-    assert (found["length"], found["time_per_token"]) == (2048, 3.0)
+    assert (found["length"], found["time_per_token"], found["cpu_per_token"]) == (2048, 3.0, 2.0)
     assert found["flops_per_token"] == pytest.approx(work, abs=1e-4)
     assert found["time_over_flops"] == pytest.approx(3.0 / work, abs=1e-3)
+    assert found["cpu_over_flops"] == pytest.approx(2.0 / work, abs=1e-3)
     assert result["lengths"][1]["seconds_per_token"] == pytest.approx(6.0 / 4096)
 
 

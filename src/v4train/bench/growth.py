@@ -4,7 +4,8 @@
 alone (experts, projections, head, optimizer) costs the same in all of them. What grows is attention, and by how much it should is known
 from `model.flops`: index scores grow with the length, everything else of sparse attention levels off. ``time_over_flops`` divides the
 measured growth of the time per token by the predicted growth of the FLOPs per token: 1 means that time follows arithmetic, and something
-quadratic, or a sort over all entries, shows as a figure that climbs.
+quadratic, or a sort over all entries, shows as a figure that climbs. ``cpu_over_flops`` does the same with the seconds that the process had a
+core: on a machine that others use too, those are what the work costs, and the others are how long it had to wait.
 
 *Depths*: equal layers are scanned, so a deep model has hardly more program than a shallow one.
 
@@ -52,13 +53,15 @@ def measure_lengths(path: str, *, lengths: Sequence[int], tokens: int | None, st
         texts = [*overrides, f"data.sequence_length={length}", f"train.batch_rows={tokens // length}"]
         recipe = recipe_lib.resolve(path, overrides=texts).config
         result = memory.run(path, texts, length=length, steps=steps + 1)
-        seconds = result["measured"]["step_seconds"][1:]
+        seconds, cpu_seconds = (result["measured"][name][1:] for name in ("step_seconds", "step_cpu_seconds"))
         rows.append(
             {
                 "length": length,
                 "batch_rows": tokens // length,
                 "step_seconds": seconds,
+                "step_cpu_seconds": cpu_seconds,
                 "seconds_per_token": statistics.median(seconds) / tokens,
+                "cpu_seconds_per_token": statistics.median(cpu_seconds) / tokens,
                 "model_flops_per_token": flops.training(recipe.model, length=length).total,
                 "compile_seconds": result["measured"]["compile_seconds"],
             }
@@ -70,9 +73,10 @@ def measure_lengths(path: str, *, lengths: Sequence[int], tokens: int | None, st
 
 
 def _growth(first: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
-    time_ratio = row["seconds_per_token"] / max(first["seconds_per_token"], 1e-12)
+    time_ratio, cpu_ratio = (row[name] / max(first[name], 1e-12) for name in ("seconds_per_token", "cpu_seconds_per_token"))
     flops_ratio = row["model_flops_per_token"] / first["model_flops_per_token"]
-    ratios = {"time_per_token": time_ratio, "flops_per_token": flops_ratio, "time_over_flops": time_ratio / flops_ratio}
+    ratios = {"time_per_token": time_ratio, "cpu_per_token": cpu_ratio, "flops_per_token": flops_ratio}
+    ratios |= {"time_over_flops": time_ratio / flops_ratio, "cpu_over_flops": cpu_ratio / flops_ratio}
     return {"length": row["length"], **{name: round(ratio, 4) for name, ratio in ratios.items()}}
 
 

@@ -58,11 +58,13 @@ def measure(recipe: recipe_lib.Recipe, *, steps: int) -> dict[str, Any]:
         lowered = jax.jit(step, donate_argnums=0).lower(placed, batch)
         compiled = lowered.compile(compiler.options())
     compile_seconds, after_compile = time.perf_counter() - started, machine.peak_resident_bytes()
-    state, seconds, losses = first_state(recipe, declarations, optimizer, placed), [], []
+    state = first_state(recipe, declarations, optimizer, placed)
+    seconds, cpu_seconds, losses = [], [], []
     for i in range(steps):
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         state, report = jax.block_until_ready(compiled(state, batch))
         seconds.append(round(time.perf_counter() - started, 3))
+        cpu_seconds.append(round(time.process_time() - cpu_started, 3))
         losses.append(float(report.loss))
         print(f"length {recipe.data.sequence_length}, step {i + 1}: {seconds[-1]} s, loss {losses[-1]:.4f}", file=sys.stderr)
     counted = count.parameters(declarations, top_k=recipe.model.moe.top_k)
@@ -77,6 +79,7 @@ def measure(recipe: recipe_lib.Recipe, *, steps: int) -> dict[str, Any]:
             "compiled_memory": machine.compiled_memory(compiled),
             "compile_seconds": round(compile_seconds, 3),
             "step_seconds": seconds,
+            "step_cpu_seconds": cpu_seconds,
             "losses": losses,
         },
     }
