@@ -45,6 +45,17 @@ def test_coarser_formats_stay_near_the_exact_one():
     assert np.median(found["bf16"]) < np.median(found["fp8"]) < 3e-2
 
 
+def test_plain_residuals_and_full_causal_attention_decode_as_they_train():
+    """The window is longer than the prompt, so every token is seen."""
+    moe = {"hash_layers": 0, "affinity": "sigmoid"}
+    model = small.config("window", "csa", moe=moe, mtp=None, hyper={"kind": "residual"}, attention={"window": 128})
+    params = small.parameters(model)
+    decoder = sequences.decoder(model, params, slots=2)
+    cache, first = sequences.prefill(decoder, decoder.empty(), PROMPT, slot=1, pieces=[16, 16, 9])
+    found = np.concatenate([first, sequences.walk(decoder, cache, PROMPT, slot=1, start=41)[1]])
+    np.testing.assert_allclose(found, sequences.teacher(model, params, PROMPT)[0], **EXACT)
+
+
 MTP = small.config("csa", "hca", moe={"hash_layers": 0})
 
 

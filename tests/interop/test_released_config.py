@@ -103,7 +103,7 @@ def test_unsaid_is_exactly_what_is_not_said():
     other = {"phase": "warmup", "remat": "dots", "rope_dim": 4, "transport": "padded", "overflow": "drop"}
     values = model.model_dump()
     for path, leaf in leaves(plain(values)).items():
-        if path[0] == "layers" or path[-1] == "kind" or path == ("moe", "shared"):
+        if path[0] == "layers" or path[-1] == "kind" or path in (("moe", "shared"), ("moe", "affinity")):
             continue  # tested with whole models, and below
         changed = copy.deepcopy(values)
         node = changed
@@ -122,6 +122,13 @@ def test_unsaid_is_exactly_what_is_not_said():
 def test_the_shared_expert_can_only_be_as_wide_as_transformers_makes_it():
     with pytest.raises(ValueError, match=r"moe.shared is 2: .* only 1 can be exported"):
         released_config.config_json(small.config(moe={"shared": 2}))
+
+
+def test_what_the_released_layout_has_no_words_for_is_refused():
+    with pytest.raises(ValueError, match=r"hyper.kind is residual: .* only a model trained with hyper.kind: mhc"):
+        released_config.config_json(small.config(hyper={"kind": "residual"}))
+    with pytest.raises(ValueError, match=r"moe.affinity is sigmoid: .* sqrt_softplus only"):
+        released_config.config_json(small.config(moe={"affinity": "sigmoid"}))
 
 
 NEEDED = sorted(set(RELEASED["v4_flash"]) - set(released_config._ONLY))

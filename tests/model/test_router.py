@@ -30,24 +30,27 @@ def x():
     return np.random.default_rng(0).standard_normal((2, 24, 32)).astype(np.float32) * 2
 
 
-def gate(*, hashed: bool, **changes):
+def gate(*, hashed: bool, affinity: str = "sqrt_softplus", **changes):
     """A router and its parameters, some of them replaced."""
-    layer = router.Router(CONFIG, hashed=hashed)
+    moe = CONFIG.moe.model_copy(update={"affinity": affinity})
+    layer = router.Router(CONFIG.model_copy(update={"moe": moe}), hashed=hashed)
     return layer, small.draw(param.declarations(layer)) | changes
 
 
-def affinities(x, params) -> np.ndarray:
-    return np.sqrt(np.log1p(np.exp(x.astype(np.float64) @ np.asarray(params["gate"], np.float64))))
+def affinities(x, params, affinity: str = "sqrt_softplus") -> np.ndarray:
+    logits = x.astype(np.float64) @ np.asarray(params["gate"], np.float64)
+    return np.sqrt(np.log1p(np.exp(logits))) if affinity == "sqrt_softplus" else 1 / (1 + np.exp(-logits))
 
 
 def top(scores: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.argsort(-scores, axis=-1)[..., :count], axis=-1)
 
 
-def test_learned_routing_is_what_the_report_says(x, rows, inputs):
-    layer, params = gate(hashed=False)
+@pytest.mark.parametrize("kind", ["sqrt_softplus", "sigmoid"])
+def test_learned_routing_is_what_the_reports_say(x, rows, inputs, kind):
+    layer, params = gate(hashed=False, affinity=kind)
     routing = param.bind(layer, params)(x, inputs)
-    affinity = affinities(x, params)
+    affinity = affinities(x, params, kind)
     expected = top(affinity + np.asarray(params["bias"])[rows.modality], 3)
     real = rows.segment_ids > 0
     np.testing.assert_array_equal(np.sort(routing.experts, axis=-1)[real], expected[real])
@@ -136,12 +139,13 @@ def balance_oracle(affinity: np.ndarray, experts: np.ndarray, segment_ids: np.nd
     return total
 
 
-def test_the_balance_loss_is_that_of_each_document(x, rows, inputs):
-    layer, params = gate(hashed=False)
+@pytest.mark.parametrize("kind", ["sqrt_softplus", "sigmoid"])
+def test_the_balance_loss_is_that_of_each_document(x, rows, inputs, kind):
+    layer, params = gate(hashed=False, affinity=kind)
     routing = param.bind(layer, params)(x, inputs)
-    expected = balance_oracle(affinities(x, params), np.asarray(routing.experts), rows.segment_ids, 3)
+    expected = balance_oracle(affinities(x, params, kind), np.asarray(routing.experts), rows.segment_ids, 3)
     assert float(routing.balance_loss) == pytest.approx(expected, rel=1e-5)
-    whole = balance_oracle(affinities(x, params), np.asarray(routing.experts), (rows.segment_ids > 0).astype(int), 3)
+    whole = balance_oracle(affinities(x, params, kind), np.asarray(routing.experts), (rows.segment_ids > 0).astype(int), 3)
     assert abs(expected - whole) > 1e-3 * expected, "documents packed together must not count as one"
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.plan import small
+from v4train.model import config as model_config
 from v4train.plan import activations
 
 ROWS, WIDTH, OUT = 8, 16, 4
@@ -68,3 +69,11 @@ def test_half_the_width_of_numbers_keeps_about_half():
     wide, narrow = small.recipe(), small.recipe(numerics={"compute": "bfloat16"})
     one, other = (activations.of_layer(r.model, "csa", place=place(r)).inside for r in (wide, narrow))
     assert 0.45 < other / one < 0.7
+
+
+def test_a_plain_residual_keeps_one_stream_and_nothing_for_the_head():
+    recipe = small.recipe()
+    model = recipe.model.model_copy(update={"hyper": model_config.ResidualConfig(), "remat": "full"})
+    assert activations.of_layer(model, "csa", place=place(recipe)).saved == 2 * 256 * 128 * 4
+    plain, mixed = (activations.of_collapse(one, place=place(recipe)) for one in (model, recipe.model))
+    assert plain <= 2 * 256 * 128 * 4 < mixed

@@ -46,11 +46,12 @@ DEFAULT = {"expert": 4, "context": 2}
 """The mesh that is compared in every test run; the others are slow, at half a minute each."""
 
 
-def train(data, *, microbatches=1, steps=STEPS, **mesh):
+def train(data, *, microbatches=1, steps=STEPS, model=None, **mesh):
     """Reports of the steps, and the first step's gradients: its momentum and its mean, which start at 0."""
     recipe = tiny.values(data, data)
     changed = {
-        "model": {"attention": recipe["model"]["attention"] | {"heads": 8, "head_dim": 8, "rope_dim": 4, "output_groups": 8}},
+        "model": {"attention": recipe["model"]["attention"] | {"heads": 8, "head_dim": 8, "rope_dim": 4, "output_groups": 8}}
+        | (model or {}),
         "data": {"sequence_length": 128, "max_patches": 60, "max_audio_frames": 60},
         "train": {"microbatches": microbatches, "steps": STEPS},
         "optimizer": OPTIMIZER,
@@ -102,6 +103,17 @@ def test_20_steps_are_those_of_one_device(data, alone, mesh):
     for a, b in zip(found[0], alone[0], strict=True):
         np.testing.assert_array_equal(a.load, b.load)
         np.testing.assert_array_equal(a.text_weight, b.text_weight)
+
+
+def test_a_classic_transformer_trains_the_same_on_a_mesh(data):
+    """Plain residuals and sigmoid routing with an auxiliary loss."""
+    moe = {"experts": 8, "top_k": 2, "ffn": 16, "hash_layers": 0, "affinity": "sigmoid", "bias_speed": 0, "balance_loss": 0.01}
+    model = {"hyper": {"kind": "residual"}, "layers": [{"pattern": ["window"]}], "moe": moe, "mtp": None}
+    found, wanted = (train(data, model=model, steps=5, **mesh) for mesh in ({"expert": 2, "context": 2, "tensor": 2}, {}))
+    reports = zip(found[0], wanted[0], strict=True)
+    pairs = zip(jax.tree.leaves(found[1]), jax.tree.leaves(wanted[1]), strict=True)
+    assert max(abs(float(a.loss / b.loss) - 1) for a, b in reports) <= LOSS
+    assert max(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6) for a, b in pairs) <= GRADIENTS
 
 
 def test_the_loss_falls(alone):

@@ -92,6 +92,7 @@ def _architecture(model: config_lib.ModelConfig) -> Mapping[str, Any]:
     kinds = {"window": "window", "csa": "compressed sparse (CSA)", "hca": "heavily compressed (HCA)"}
     layers = {kind: model.layer_kinds.count(name) for name, kind in kinds.items() if name in model.layer_kinds}
     a, moe = model.attention, model.moe
+    assert isinstance(model.hyper, config_lib.HyperConnectionConfig), "no other model can be exported"
     rows = {
         "layers": f"{model.depth}: " + ", ".join(f"{number} {kind}" for kind, number in layers.items()),
         "hidden width": model.hidden,

@@ -350,6 +350,15 @@ def config_json(model: config_lib.ModelConfig, *, precision: names.Precision = "
         raise ValueError(
             f"moe.shared is {model.moe.shared}: `transformers` gives the shared expert the width of a routed one, so only 1 can be exported"
         )
+    if not isinstance(model.hyper, config_lib.HyperConnectionConfig):
+        raise ValueError(
+            f"hyper.kind is {model.hyper.kind}: the released layout has hyper-connections in every layer, so only a model trained with "
+            "hyper.kind: mhc can be exported"
+        )
+    if model.moe.affinity != "sqrt_softplus":
+        raise ValueError(
+            f"moe.affinity is {model.moe.affinity}: the V4 class of `transformers` computes sqrt_softplus only, so no other can be exported"
+        )
     tokens = tokens or TokenIds()
     types = {ours: theirs for theirs, ours in _TYPES.items()}
     ours = {key: value for key, value in model.model_dump(mode="json", include=set(_OURS)).items() if value}

@@ -44,10 +44,10 @@ class Block(nnx.Module):
     def __init__(self, config: config_lib.ModelConfig, spec: LayerSpec):
         kind = config.kind(spec.kind)
         self.eps = config.norm_eps
-        self.attention_mix = hyper_connections.HyperConnection(config)
+        self.attention_mix = hyper_connections.site(config)
         self.attention_norm = param.scale(config.hidden)
         self.attention = _ATTENTION[spec.kind](config, kind)
-        self.moe_mix = hyper_connections.HyperConnection(config)
+        self.moe_mix = hyper_connections.site(config)
         self.moe_norm = param.scale(config.hidden)
         self.moe = moe.Moe(config, hashed=spec.hashed)
 

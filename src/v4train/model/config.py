@@ -1,6 +1,6 @@
 """Config of the model. Sizes are counts of features, tokens or heads; names follow the V4 report."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -96,7 +96,9 @@ class AttentionConfig(base.Config):
 
 
 class HyperConnectionConfig(base.Config):
-    """Manifold-constrained hyper-connections (mHC)."""
+    """Manifold-constrained hyper-connections (mHC). Without a `kind`, `hyper` is this."""
+
+    kind: Literal["mhc"] = "mhc"
 
     streams: _Positive = 4
     """Residual streams."""
@@ -106,6 +108,20 @@ class HyperConnectionConfig(base.Config):
     """Added to the divisors of Sinkhorn and to the gates."""
     scale_init: float = 0.01
     """First value of the gating factors: 0.01 as Megatron, 1 as `transformers`; DeepSeek's is unpublished."""
+
+
+class ResidualConfig(base.Config):
+    """Plain residuals, ``x + sublayer(x)``: one stream and no parameters. For comparison; released checkpoints have no such form."""
+
+    kind: Literal["residual"] = "residual"
+
+    @property
+    def streams(self) -> int:
+        """Residual streams."""
+        return 1
+
+
+HyperKind = Annotated[HyperConnectionConfig | ResidualConfig, pydantic.Field(discriminator="kind")]
 
 
 class ExchangeConfig(base.Config):
@@ -139,6 +155,8 @@ class MoeConfig(base.Config):
     """Hidden width of an expert, the shared one included."""
     shared: _Positive = 1
     """Width of the shared expert, as a multiple of `ffn`."""
+    affinity: Literal["sqrt_softplus", "sigmoid"] = "sqrt_softplus"
+    """What makes a score of the gate's logit: V4 takes sqrt_softplus, V3 took sigmoid."""
     scaling: float = pydantic.Field(default=1.5, gt=0)
     """Factor on the normalised mixing weights (1.5 Flash, 2.5 Pro)."""
     swiglu_limit: float = pydantic.Field(default=10.0, gt=0)
@@ -204,7 +222,7 @@ class ModelConfig(base.Config):
     layers: tuple[LayerRun, ...] = pydantic.Field(min_length=1)
     """The layers in order, first to last."""
     attention: AttentionConfig
-    hyper: HyperConnectionConfig = HyperConnectionConfig()
+    hyper: HyperKind = HyperConnectionConfig()
     moe: MoeConfig
     mtp: MtpConfig | None = MtpConfig()
     image: ImageStemConfig | None = None
@@ -223,6 +241,11 @@ class ModelConfig(base.Config):
     """What a layer keeps for the backward pass. none: everything; dots: results of matrix products; full: its input only."""
     loss_chunk: _Positive = 2048
     """Positions per row whose logits exist at a time."""
+
+    @pydantic.field_validator("hyper", mode="before")
+    @classmethod
+    def _mhc_unless_said(cls, hyper: Any) -> Any:
+        return {"kind": "mhc"} | hyper if isinstance(hyper, dict) else hyper
 
     @pydantic.model_validator(mode="after")
     def _check(self):

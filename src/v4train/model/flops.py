@@ -148,7 +148,7 @@ def _attention_matrices(config: config_lib.ModelConfig, kind: config_lib.Attenti
     output = a.heads * a.head_dim * a.output_rank + a.output_groups * a.output_rank * d
     overlap = 2 if isinstance(kind, config_lib.CompressedSparseConfig) else 1
     compressor = 2 * d * a.head_dim * overlap if kind.ratio else 0
-    mixing = 2 * n * d * (2 + n) * n
+    mixing = 2 * n * d * (2 + n) * n if isinstance(config.hyper, config_lib.HyperConnectionConfig) else 0
     return queries + d * a.head_dim + output + compressor + _indexer_matrices(config, kind) + mixing
 
 
@@ -168,6 +168,8 @@ def _indexer_matrices(config: config_lib.ModelConfig, kind: config_lib.Attention
 
 def _collapse(config: config_lib.ModelConfig) -> int:
     """Elements of the map that gates the streams before the head."""
+    if not isinstance(config.hyper, config_lib.HyperConnectionConfig):
+        return 0
     return config.hyper.streams**2 * config.hidden
 
 

@@ -4,6 +4,9 @@ Around a sublayer: its input is a gated sum of the streams; its output is writte
 are mixed by ``comb``. The write-back is ``new_k = post_k * out + sum_j comb[j, k] * stream_j``: the transpose of comb is applied.
 comb is not symmetric, and a model with the wrong direction trains nearly as well, so a test holds it.
 
+A plain residual is the same with one stream whose coefficients are all 1 and neither stored nor computed (`Residual`, `OnlyStream`);
+`site` and `collapse` choose.
+
 All coefficients are fp32. They come from the RMS-normalised concatenation of the streams (no learned weight); the norm is a scalar
 per token, so it is applied after the product with `fn`.
 """
@@ -33,8 +36,10 @@ def _coefficients(streams: Float[Array, "b s n d"], fn: Float[Array, "nd c"], *,
     return (flat @ fn) * scale
 
 
-def write_back(streams: Float[Array, "b s n d"], out: Float[Array, "b s d"], mixing: Mixing) -> Float[Array, "b s n d"]:
-    """``new_k = post_k * out + sum_j comb[j, k] * stream_j``."""
+def write_back(streams: Float[Array, "b s n d"], out: Float[Array, "b s d"], mixing: Mixing | None) -> Float[Array, "b s n d"]:
+    """``new_k = post_k * out + sum_j comb[j, k] * stream_j``; without coefficients ``stream + out``."""
+    if mixing is None:
+        return streams + out[:, :, None].astype(streams.dtype)
     mixed = jnp.einsum("jkbs,bsjd->bskd", mixing.comb, streams.astype(jnp.float32))
     return (mixed + mixing.post[..., None] * out.astype(jnp.float32)[:, :, None]).astype(streams.dtype)
 
@@ -43,6 +48,7 @@ class HyperConnection(nnx.Module):
     """One site: before attention, or before the experts."""
 
     def __init__(self, config: config_lib.ModelConfig):
+        assert isinstance(config.hyper, config_lib.HyperConnectionConfig)
         self.config, self.eps = config.hyper, config.norm_eps
         n = config.hyper.streams
         fixed = {"group": "adamw", "decay": False, "precision": "fp32", "tags": frozenset({"hyper_gate"})}
@@ -69,6 +75,7 @@ class HeadCollapse(nnx.Module):
     """Collapses the streams after the last layer with learned sigmoid gates."""
 
     def __init__(self, config: config_lib.ModelConfig):
+        assert isinstance(config.hyper, config_lib.HyperConnectionConfig)
         self.config, self.eps = config.hyper, config.norm_eps
         n = config.hyper.streams
         fixed = {"group": "adamw", "decay": False, "precision": "fp32", "tags": frozenset({"hyper_gate"})}
@@ -80,3 +87,36 @@ class HeadCollapse(nnx.Module):
         raw = _coefficients(streams, self.fn[...], eps=self.eps)
         gates = jax.nn.sigmoid(raw * self.scale[...][None, None] + self.base[...][None, None]) + self.config.eps
         return jnp.einsum("bsn,bsnd->bsd", gates, streams.astype(jnp.float32)).astype(streams.dtype)
+
+
+class Residual(nnx.Module):
+    """One site of a model with plain residuals: the sublayer reads the only stream."""
+
+    def __init__(self, config: config_lib.ModelConfig):
+        assert config.hyper.streams == 1
+
+    def __call__(self, streams: Float[Array, "b s 1 d"]) -> tuple[Float[Array, "b s d"], None]:
+        return streams[:, :, 0], None
+
+
+class OnlyStream(nnx.Module):
+    """What the head of such a model reads."""
+
+    def __init__(self, config: config_lib.ModelConfig):
+        assert config.hyper.streams == 1
+
+    def __call__(self, streams: Float[Array, "b s 1 d"]) -> Float[Array, "b s d"]:
+        return streams[:, :, 0]
+
+
+_KINDS = {config_lib.HyperConnectionConfig: (HyperConnection, HeadCollapse), config_lib.ResidualConfig: (Residual, OnlyStream)}
+
+
+def site(config: config_lib.ModelConfig) -> HyperConnection | Residual:
+    """What stands before a sublayer of this model."""
+    return _KINDS[type(config.hyper)][0](config)
+
+
+def collapse(config: config_lib.ModelConfig) -> HeadCollapse | OnlyStream:
+    """What stands before the head of this model."""
+    return _KINDS[type(config.hyper)][1](config)

@@ -27,7 +27,7 @@ class MultiTokenPrediction(nnx.Module):
         self.e_proj = param.param((d, d), "D _", init)
         self.h_proj = param.param((d, d), "D _", init)
         self.block = block_lib.Block(config, block_lib.LayerSpec("window", hashed=False))
-        self.collapse = hyper_connections.HeadCollapse(config)
+        self.collapse = hyper_connections.collapse(config)
 
     def __call__(
         self,

@@ -1,7 +1,7 @@
 """Which experts a token goes to, and how their load is balanced (V4 report 2.1; per-modality bias as V4.1's `bias_vl`).
 
-Affinity is ``sqrt(softplus(logit))`` in fp32. Selection ranks affinity *plus* a bias; the mixing weights are the *unbiased*
-affinities of the chosen experts, normalised to sum 1, times a constant. The bias has a row per modality (an image's patches and a
+Affinity is ``sqrt(softplus(logit))``, or V3's sigmoid, in fp32. Selection ranks affinity *plus* a bias; the mixing weights are the
+*unbiased* affinities of the chosen experts, normalised to sum 1, times a constant. The bias has a row per modality (an image's patches and a
 text's words load experts differently) and no gradient: after a step it moves by a fixed speed towards balance (`update_bias`).
 
 The first layers are hash-routed: a fixed table gives the experts of a text token by its id, the gate still weighs them. All slots
@@ -42,6 +42,9 @@ class Routing(NamedTuple):
     balance_loss: Float[Array, ""]  # summed over tokens; 0 on a hash layer
 
 
+_AFFINITIES = {"sqrt_softplus": lambda logits: jnp.sqrt(jax.nn.softplus(logits)), "sigmoid": jax.nn.sigmoid}
+
+
 class Router(nnx.Module):
     """The gate of one layer, with its bias and, on a hash layer, its table."""
 
@@ -57,7 +60,7 @@ class Router(nnx.Module):
     def __call__(self, x: Float[Array, "b s d"], inputs: context_lib.Inputs, given: Int[Array, "b s k"] | None = None) -> Routing:
         """Where the tokens go: to the ``given`` experts, as an earlier `Routing` of the same batch has them, or to the best ones (None)."""
         real = inputs.segment_ids > 0
-        affinity = jnp.sqrt(jax.nn.softplus(x.astype(jnp.float32) @ self.gate[...]))
+        affinity = _AFFINITIES[self.config.affinity](x.astype(jnp.float32) @ self.gate[...])
         experts = self._choose(affinity, inputs) if given is None else jnp.where(real[..., None], given, 0)
         return self._routed(affinity, experts, inputs, real)
 

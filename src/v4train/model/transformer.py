@@ -44,7 +44,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.embedding = param.tag(embedding.Embedding(config), "embedding")
         self.stack = stack.Stack(config)
-        self.collapse = hyper_connections.HeadCollapse(config)
+        self.collapse = hyper_connections.collapse(config)
         self.norm = param.scale(config.hidden)
         self.head = param.param(
             (config.hidden, config.vocab_size), "D V", param.Normal(config.init_std), group="adamw", tags=frozenset({"head"})

@@ -149,7 +149,7 @@ def of_media(config: model_config.ModelConfig, *, patches: int, frames: int, pla
 
 def of_collapse(config: model_config.ModelConfig, *, place: Place) -> int:
     """What the collapse of the streams before the head keeps."""
-    collapse = hyper_connections.HeadCollapse(config)
+    collapse = hyper_connections.collapse(config)
     streams = jax.ShapeDtypeStruct((place.rows, place.tokens, config.hyper.streams, config.hidden), place.dtype)
     return residual_bytes(
         lambda p, x: jax.vjp(lambda p, x: param.bind(collapse, p)(x), p, x)[1], _weights(collapse, place=place), streams, own=1
