@@ -1,8 +1,8 @@
 """Which experts a token goes to, and how their load is balanced (V4 report 2.1; per-modality bias as V4.1's `bias_vl`).
 
 Affinity is ``sqrt(softplus(logit))``, or V3's sigmoid, in fp32. Selection ranks affinity *plus* a bias; the mixing weights are the
-*unbiased* affinities of the chosen experts, normalised to sum 1, times a constant. The bias has a row per modality (an image's patches and a
-text's words load experts differently) and no gradient: after a step it moves by a fixed speed towards balance (`update_bias`).
+*unbiased* affinities of the chosen experts, normalised to sum 1, times a constant. The bias has a row per modality (an image's patches
+and a text's words load experts differently) and no gradient: after a step it moves by a fixed speed towards balance (`update_bias`).
 
 The first layers are hash-routed: a fixed table gives the experts of a text token by its id, the gate still weighs them. All slots
 of an image carry the same placeholder id and would land on the same experts, so media tokens use the learned gate there too. The
