@@ -58,19 +58,24 @@ class Format(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """One number a channel."""
+    """One number a channel. A bf16 lies in the cache as its 16 bits: XLA's CPU backend scatters no bf16, and would make the whole pool
+    fp32 and back for every entry that is written."""
 
     width: int
     dtype: jnp.dtype
 
+    @property
+    def _stored(self) -> jnp.dtype:
+        return jnp.dtype(jnp.uint16) if self.dtype == jnp.bfloat16 else self.dtype
+
     def structure(self, lead: tuple[int, ...]) -> dict[str, Any]:
-        return {"data": jax.ShapeDtypeStruct((*lead, self.width), self.dtype)}
+        return {"data": jax.ShapeDtypeStruct((*lead, self.width), self._stored)}
 
     def encode(self, entries: Float[Array, "... k"]) -> Stored:
-        return {"data": entries.astype(self.dtype)}
+        return {"data": jax.lax.bitcast_convert_type(entries.astype(self.dtype), self._stored)}
 
     def decode(self, stored: Stored, *, dtype: jnp.dtype) -> Float[Array, "... k"]:
-        return stored["data"].astype(dtype)
+        return jax.lax.bitcast_convert_type(stored["data"], self.dtype).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
