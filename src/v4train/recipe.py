@@ -11,6 +11,7 @@ import pydantic
 from v4train.checkpoint import config as checkpoint_config
 from v4train.config import base, load
 from v4train.data import config as data_config
+from v4train.decode import config as decode_config
 from v4train.model import config as model_config
 from v4train.numerics import config as numerics_config
 from v4train.optim import config as optim_config
@@ -41,6 +42,7 @@ class Recipe(base.Config):
     train: train_config.TrainConfig
     cluster: train_config.ClusterConfig = train_config.ClusterConfig()
     checkpoint: checkpoint_config.CheckpointConfig = checkpoint_config.CheckpointConfig()
+    decode: decode_config.DecodingConfig = decode_config.DecodingConfig()
 
     @property
     def run_directory(self) -> str:
@@ -164,6 +166,15 @@ def _draws_belong_to_a_source(r: Recipe) -> str | None:
     return None
 
 
+def _decoding_fits(r: Recipe) -> str | None:
+    decode = r.decode
+    if decode.speculate and r.model.mtp is None:
+        return "decode.speculate is true, but the model has no MTP block (model.mtp is null): set it to false"
+    if (decode.max_length or 0) > r.model.max_positions:
+        return f"decode.max_length {decode.max_length} exceeds model.max_positions {r.model.max_positions}"
+    return None
+
+
 def _schedule_fits(r: Recipe) -> str | None:
     try:
         r.optimizer.schedule.check(r.train.steps)
@@ -197,6 +208,7 @@ CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
     _audio_stem_fits,
     _run_directory_is_a_path,
     _draws_belong_to_a_source,
+    _decoding_fits,
     _schedule_fits,
 )
 

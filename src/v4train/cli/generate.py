@@ -75,12 +75,12 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.closing(decoder), engine.Engine(decoder, tokenizer=loaded.tokenizer) as running:
         shown = _show(running.submit(asked))
         cache = sum(running.scheduler.cache_bytes().values())
-    more = f", {shown.drafts}" if args.speculate else ""
-    more += f", {shown.cached} prompt tokens taken up" if args.disk_cache else ""
+    more = f", {shown.drafts}" if decoder.config.speculate else ""
+    more += f", {shown.cached} prompt tokens taken up" if decoder.config.prefix_bytes else ""
     drawn = f", seed {shown.seed}" if args.temperature > 0 else ""
     step = "" if loaded.step is None else f" step {loaded.step}"
     said = f"{loaded.name}{step}: {len(prompt)} prompt tokens, {shown.speed}; ended by {shown.reason}"
-    print(f"{said}; cache {cache:,} bytes ({args.cache}){more}{drawn}", file=sys.stderr)
+    print(f"{said}; cache {cache:,} bytes ({decoder.config.cache}){more}{drawn}", file=sys.stderr)
     return 0
 
 
@@ -127,7 +127,7 @@ def _decoder(args: argparse.Namespace, loaded: Any, *, tokens: int) -> Any:
     # Whole pages, so that a few more tokens of a prompt do not compile everything anew.
     length = min(-(-tokens // page) * page, longest)
     # A power of two, so that a short prompt is not padded to a long chunk and still few shapes are compiled.
-    chunk = min(args.chunk, max(16, 1 << (tokens - args.max_tokens - 1).bit_length()))
+    chunk = min(loaded.decode.prefill_chunk, max(16, 1 << (tokens - args.max_tokens - 1).bit_length()))
     return decode_options.decoder(args, loaded, slots=1, max_length=length, prefill_chunk=chunk)
 
 

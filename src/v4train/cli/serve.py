@@ -27,15 +27,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--api-key-file", metavar="FILE", help=f"file with the key that requests must bring (default: the variable {_KEY}, if it is set)"
     )
     parser.add_argument("--allow-without-key", action="store_true", help="listen beyond this machine although there is no key")
-    parser.add_argument("--slots", type=int, default=8, metavar="N", help="requests that are answered together (default: 8)")
+    parser.add_argument("--slots", type=int, metavar="N", help="requests that are answered together (default: the recipe's, 8)")
     parser.add_argument(
-        "--max-length", type=int, metavar="N", help="most tokens of prompt and answer (default: 4096, or what the model was made for)"
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="most tokens of prompt and answer (default: the recipe's; 4096, at most the model's)",
     )
     parser.add_argument(
         "--device-bytes",
         type=decode_options.size,
         metavar="BYTES",
-        help="size of the cache (default: enough for every slot to reach --max-length)",
+        help="size of the cache (default: the recipe's; enough for every slot to reach --max-length)",
     )
     parser.add_argument("--waiting", type=int, default=64, metavar="N", help="requests that may wait for a slot; then 429 (default: 64)")
     parser.add_argument("--body-bytes", type=decode_options.size, default=16 * 2**20, metavar="BYTES", help="largest body (default: 16MiB)")
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         if template is not None:
             loaded = dataclasses.replace(loaded, chat_template=template)
         config = _config(args, model=args.model_name or loaded.name, key=key, patches=decode_options.image_patches(args, loaded))
-        decoder = decode_options.decoder(args, loaded, reuse=True, **_sizes(args, loaded))
+        decoder = decode_options.decoder(args, loaded, reuse=True, **_sizes(loaded))
         return runner.run(loaded, decoder, config=config, listening=listening, announce=_announce, access_log=args.access_log)
 
 
@@ -93,13 +96,13 @@ def _config(args: argparse.Namespace, *, model: str, key: str | None, patches: i
         raise ValueError("; ".join(texts)) from None
 
 
-def _sizes(args: argparse.Namespace, loaded: Any) -> dict[str, Any]:
-    longest = loaded.model.max_positions
-    if (args.max_length or 0) > longest:
-        raise ValueError(f"--max-length {args.max_length}: the model {loaded.name} was made for {longest} tokens")
-    length = args.max_length or min(4096, longest)
-    chunk = min(args.chunk, length)
-    return {"slots": args.slots, "max_length": length, "prefill_chunk": chunk, "device_bytes": args.device_bytes}
+def _sizes(loaded: Any) -> dict[str, Any]:
+    longest, said = loaded.model.max_positions, loaded.decode
+    if (said.max_length or 0) > longest:
+        raise ValueError(f"--max-length {said.max_length}: the model {loaded.name} was made for {longest} tokens")
+    length = said.max_length or min(4096, longest)
+    chunk = min(said.prefill_chunk, length)
+    return {"slots": said.slots, "max_length": length, "prefill_chunk": chunk, "device_bytes": said.device_bytes}
 
 
 def _key(args: argparse.Namespace) -> str | None:

@@ -29,6 +29,29 @@ class TiersConfig(base.Config):
     """Takes what host memory cannot hold, and prompts' caches for later processes."""
 
 
+class DecodingConfig(base.Config):
+    """What `v4train generate` and `v4train serve` do with a checkpoint where no option says otherwise. Training reads none of it."""
+
+    cache: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Format of compressed entries and index keys (`--cache`)."""
+    prefill_chunk: _Positive = 512
+    """Tokens of a prompt that are processed at a time (`--chunk`)."""
+    speculate: bool = False
+    """Draft with the model's MTP block (`--speculate`)."""
+    tiers: TiersConfig | None = None
+    """Entries that an indexer selects from in host memory and on disk, with the bytes that each may take (`--host-cache`, `--disk-cache`).
+    null: everything is on the device."""
+    prefix_bytes: Annotated[int, pydantic.Field(ge=0)] | None = None
+    """Host memory for taking up prompts that begin as earlier ones did (`--prefix-bytes`). null: 256 MiB in a server and with a disk, else
+    none."""
+    slots: _Positive = 8
+    """Requests that a server answers together (`--slots`)."""
+    max_length: _Positive | None = None
+    """Most tokens of prompt and answer in a server (`--max-length`). null: 4096, or what the model was made for if that is less."""
+    device_bytes: _Positive | None = None
+    """Size of a server's cache on the device (`--device-bytes`). null: enough for every slot to reach max_length."""
+
+
 class DecodeConfig(base.Config):
     """Sizes and formats of the decoder. None of them changes an answer, but `cache` and `attention`."""
 

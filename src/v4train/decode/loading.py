@@ -28,6 +28,7 @@ from v4train.data import tokenizer as tokenizer_lib
 from v4train.data.prepare import config as prepare_config
 from v4train.data.prepare import decode as media_decode
 from v4train.data.prepare import record
+from v4train.decode import config as config_lib
 from v4train.decode import prompt as prompt_lib
 from v4train.interop import released, score, tokenizer_files
 from v4train.model import config as model_config
@@ -50,6 +51,7 @@ class Loaded:
         numerics: what the model was trained with.
         patches_per_row: that training put in a row at most; None if it is not known.
         chat_template: Jinja text beside the checkpoint's tokenizer; None if there is none.
+        decode: the recipe's section; defaults if there is no recipe, or one from before it had this section.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Loaded:
     numerics: numerics_config.NumericsConfig
     patches_per_row: int | None = None
     chat_template: str | None = None
+    decode: config_lib.DecodingConfig = dataclasses.field(default_factory=config_lib.DecodingConfig)
 
     def prompt(self, parts: Sequence[record.Part], *, image_patches: int = 256) -> prompt_lib.Prompt:
         """The beginning of a document, from text and files of images and sound in reading order.
@@ -124,12 +127,12 @@ class Loaded:
             raise ValueError(f"{subject}: {error}") from None
 
 
-def load(path: str | pathlib.Path, *, mtp: bool = False) -> Loaded:
+def load(path: str | pathlib.Path, *, mtp: bool | None = False) -> Loaded:
     """Reads a checkpoint, comparing digests.
 
     Args:
         path: a run directory, its checkpoints, one step, an import, or a directory in the released layout.
-        mtp: read the MTP block too.
+        mtp: read the MTP block too; None: if the recipe's `decode` section drafts with it.
 
     Raises:
         ValueError: it is none of these, is damaged, or there is no tokenizer for it; said before weights are read where possible.
@@ -147,33 +150,40 @@ def load(path: str | pathlib.Path, *, mtp: bool = False) -> Loaded:
         model = _part(model_config.ModelConfig, saved["model"])
         tokenizer_config = _part(data_config.TokenizerConfig, saved["data"]["tokenizer"])
         numerics = _part(numerics_config.NumericsConfig, saved["numerics"])
+        decode = _part(config_lib.DecodingConfig, saved.get("decode", {}))
     except (KeyError, ValueError) as error:
         raise ValueError(f"{where}: its recipe cannot be used by this version of v4train: {error}") from None
     # An import without a recipe of its own has the defaults': bytes.
     doubtful = "imported" in found.metadata and isinstance(tokenizer_config, data_config.ByteTokenizerConfig)
     tokenizer = _tokenizer(tokenizer_config, beside=steps.parent, model=model, certain=not doubtful)
-    model = model if mtp else model.model_copy(update={"mtp": None})
+    model = model if _drafts(mtp, decode) else model.model_copy(update={"mtp": None})
     read = score.read_step(model, found, where=where)
     params = tree.merge(read.trained, read.buffers)
     patches, template = saved["data"]["max_patches"] or None, _chat_template(steps.parent)
-    return Loaded(saved["name"], found.step, model, params, tokenizer, numerics, patches, template)
+    return Loaded(saved["name"], found.step, model, params, tokenizer, numerics, patches, template, decode)
 
 
-def _released(directory: pathlib.Path, *, mtp: bool) -> Loaded:
+def _released(directory: pathlib.Path, *, mtp: bool | None) -> Loaded:
     opened = released.Released.open(directory)
     name, numerics, config, patches = directory.absolute().name, numerics_config.NumericsConfig(), None, None
+    decode = config_lib.DecodingConfig()
     if (directory / _RECIPE).is_file():
         recipe = config_load.load(directory / _RECIPE, cls=recipe_lib.Recipe).config
         name, numerics, config, patches = recipe.name, recipe.numerics, recipe.data.tokenizer, recipe.data.max_patches or None
+        decode = recipe.decode
     tokenizer = _tokenizer(config, beside=directory, model=opened.model, certain=config is not None)
     template = _chat_template(directory)
     opened.verify()
     params = opened.parameters()
     model = opened.model
-    if not mtp and model.mtp is not None:
+    if not _drafts(mtp, decode) and model.mtp is not None:
         model = model.model_copy(update={"mtp": None})
         params = {key: value for key, value in params.items() if key != "mtp"}
-    return Loaded(name, None, model, params, tokenizer, numerics, patches, template)
+    return Loaded(name, None, model, params, tokenizer, numerics, patches, template, decode)
+
+
+def _drafts(mtp: bool | None, decode: config_lib.DecodingConfig) -> bool:
+    return decode.speculate if mtp is None else mtp
 
 
 def _part(kind: Any, values: Any) -> Any:

@@ -44,6 +44,7 @@ MAY_CHANGE = (
     "train.grace_seconds",
     "checkpoint",
     "cluster",
+    "decode",
     "data",  # what of it must be as it was, the history of the data says
     "model.remat",
     "model.attention.chunk",
