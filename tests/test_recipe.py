@@ -43,6 +43,10 @@ BAD = {
         ["data.phases=[{from_step: 4, ramp_steps: 3}, {from_tokens: 3000}]"],
         "data.phases[1] begins at step 7, but the phase before it begins, or ends its ramp, at step 7: move it behind",
     ),
+    "_stages_fit": (
+        ["train.stages=[{from_tokens: 1025, attention: warmup}, {from_step: 3, attention: sparse}]"],
+        "train.stages[1] begins at step 3, but the stage before it begins at step 3: move it behind",
+    ),
     "_batch_divides": (
         ["mesh.fsdp=2", "mesh.expert=2", "train.microbatches=2", "train.batch_rows=12"],
         "train.batch_rows 12 must be a multiple of 8 (mesh.replica 1 x mesh.fsdp 2 x mesh.expert 2 x train.microbatches 2); nearest: 8",
@@ -92,6 +96,31 @@ def test_settings_that_do_not_fit_together(refused, check):
     text = refused(*overrides)
     assert ": 1 setting(s) do not fit together:\n" in text
     assert f"\n  - {message}\n" in text
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("{from_step: 3, attention: warmup, from_tokens: 9}", "a stage needs either from_step or from_tokens: give one of them"),
+        ("{from_step: 3}", "a stage that names neither attention nor mtp_weight changes nothing: give one of them, or remove it"),
+        ("{from_step: 3, mtp_weight: -1}", "train.stages.0.mtp_weight"),
+        ("{from_step: 3, attention: full}", "train.stages.0.attention"),
+    ],
+)
+def test_stages_that_cannot_be(refused, override, message):
+    assert message in refused(f"train.stages=[{override}]")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.layers=[{pattern: [hca]}]", "train.stages[0].attention is warmup, but no layer of the model is csa: remove it"),
+        ("model.mtp=null", "train.stages[0].mtp_weight is 0.1, but the model has no MTP (model.mtp is null): remove it"),
+    ],
+)
+def test_stages_of_parts_that_the_model_does_not_have(refused, override, message):
+    named = "attention: warmup" if "layers" in override else "mtp_weight: 0.1"
+    assert f"\n  - {message}\n" in refused(override, f"train.stages=[{{from_step: 3, {named}}}]")
 
 
 @pytest.mark.parametrize(

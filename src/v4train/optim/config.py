@@ -15,34 +15,41 @@ FINE = (2.0, -1.5, 0.5)
 
 
 class ScheduleConfig(base.Config):
-    """Linear warm-up to the peak, flat, cosine to the final rate at the end. The number of steps of the run is not part of it."""
+    """Linear warm-up to the peak, flat, a decay to the final rate, flat again. The number of steps of the run is not part of it."""
 
     peak_lr: float = pydantic.Field(gt=0)
     """Learning rate of the flat part, per step. DeepSeek-V4: 2.7e-4 (Flash), 2.0e-4 (Pro)."""
     final_lr: float = pydantic.Field(ge=0)
-    """Learning rate of the last step. DeepSeek-V4: a tenth of the peak."""
+    """Learning rate at the end of the decay, and of `final_steps`. DeepSeek-V4: a tenth of the peak."""
     warmup_steps: int = pydantic.Field(ge=0)
     """Steps of linear warm-up; the last of them runs at the peak. DeepSeek-V4: 2000."""
     decay_steps: int = pydantic.Field(ge=0)
-    """Steps of cosine decay at the end of the run; the last of them runs at `final_lr`. 0: the rate stays at the peak."""
+    """Steps of decay, at the end of the run but for `final_steps`; the last of them runs at `final_lr`. 0: the rate stays at the peak."""
+    decay_shape: Literal["cosine", "linear", "sqrt"] = "cosine"
+    """Of the decay, from peak to final: half a cosine, as DeepSeek-V3 and V4; a straight line; or one minus the square root of the part
+    done (the "1-sqrt" of WSD schedules), steep at first."""
+    final_steps: int = pydantic.Field(default=0, ge=0)
+    """Steps at `final_lr` after the decay. DeepSeek-V4.1: a cosine, then flat."""
 
     @pydantic.model_validator(mode="after")
     def _falls(self) -> "ScheduleConfig":
         if self.final_lr > self.peak_lr:
-            raise ValueError(f"final_lr {self.final_lr:g} is above peak_lr {self.peak_lr:g}; the cosine part decays: lower final_lr")
+            raise ValueError(f"final_lr {self.final_lr:g} is above peak_lr {self.peak_lr:g}; the rate decays: lower final_lr")
+        if self.final_steps and not self.decay_steps:
+            raise ValueError(f"final_steps {self.final_steps} need a decay before them; set decay_steps, or final_steps: 0")
         return self
 
     def check(self, total_steps: int) -> None:
-        """Refuses a run that is too short for its warm-up and its decay.
+        """Refuses a run that is too short for its warm-up, its decay and its end.
 
         Raises:
-            ValueError: ``warmup_steps + decay_steps`` exceeds ``total_steps``.
+            ValueError: ``warmup_steps + decay_steps + final_steps`` exceeds ``total_steps``.
         """
-        if self.warmup_steps + self.decay_steps > total_steps:
-            raise ValueError(
-                f"schedule: warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps} = {self.warmup_steps + self.decay_steps} "
-                f"do not fit into a run of {total_steps} steps; shorten them or train longer"
-            )
+        parts = {"warmup_steps": self.warmup_steps, "decay_steps": self.decay_steps}
+        parts |= {"final_steps": self.final_steps} if self.final_steps else {}
+        if (needed := sum(parts.values())) > total_steps:
+            listed = " + ".join(f"{name} {steps}" for name, steps in parts.items())
+            raise ValueError(f"schedule: {listed} = {needed} do not fit into a run of {total_steps} steps; shorten them or train longer")
 
 
 class MuonConfig(base.Config):
