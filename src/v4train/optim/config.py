@@ -68,6 +68,11 @@ class MuonConfig(base.Config):
     """Of the Newton-Schulz iteration. float32 is computed at full precision on every chip; bfloat16 is several times faster on
     accelerators and good to about 1 %."""
 
+    head_wise: bool = False
+    """Orthogonalise the query projections, the indexer's too, head by head; the key is one head anyway. V4.1's report does so, V4's says
+    nothing. Frameworks: VeOmni has it as an option; Megatron (`muon_split_qkv`) separates queries, keys and values, not heads; MaxText
+    takes all heads as one matrix."""
+
     @property
     def element_bytes(self) -> int:
         """Of an element of a matrix in the iteration."""

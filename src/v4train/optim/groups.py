@@ -30,7 +30,8 @@ def assign(config: OptimizerConfig, declarations: dict) -> dict:
             return declaration
         group = "adamw" if config.muon is None else _by_tag(declaration, groups, declaration.group)
         decay = _by_tag(declaration, decays, declaration.decay)
-        return dataclasses.replace(declaration, group=group, decay=decay, heads=1)
+        heads = declaration.heads if config.muon and config.muon.head_wise and group == "muon" else 1
+        return dataclasses.replace(declaration, group=group, decay=decay, heads=heads)
 
     return param.map_declarations(of, declarations)  # pyright: ignore[reportReturnType]
 

@@ -27,7 +27,7 @@ import optax
 from jaxtyping import Array, Int
 
 from v4train.core import param, tree
-from v4train.optim import adamw, groups, muon, schedule, stacking
+from v4train.optim import adamw, groups, heads, muon, schedule, stacking
 from v4train.optim.config import OptimizerConfig
 from v4train.sharding import rules
 
@@ -118,14 +118,16 @@ class _Hybrid:
     def _muon(self, gradients: list[Array], state: HybridState) -> tuple[dict[int, Array], dict]:
         """The directions of Muon's live parameters, and the momentum of all."""
         momentum, structure = jax.tree.flatten(state.momentum)
-        lookahead, config = {}, self.config.muon
+        matrices, config = {}, self.config.muon
         if config is None:
             return {}, state.momentum
         for slot, i in enumerate(self._numbers("muon")):
             if i in self.live:
-                lookahead[i], momentum[slot] = muon.move(gradients[i], momentum=momentum[slot], config=config)
-        orthogonal = muon.orthogonalise(list(lookahead.values()), config=config, placed=self._placed(lookahead))
-        return dict(zip(lookahead, orthogonal, strict=True)), jax.tree.unflatten(structure, momentum)
+                lookahead, momentum[slot] = muon.move(gradients[i], momentum=momentum[slot], config=config)
+                matrices[i] = heads.split(lookahead, self.declared[i].heads)
+        orthogonal = muon.orthogonalise(list(matrices.values()), config=config, placed=self._placed(matrices))
+        directions = {i: heads.join(x, self.declared[i].heads) for i, x in zip(matrices, orthogonal, strict=True)}
+        return directions, jax.tree.unflatten(structure, momentum)
 
     def _adamw(self, gradients: list[Array], state: HybridState) -> tuple[dict[int, Array], dict, dict]:
         """The directions of AdamW's live parameters, and the moments of all."""
@@ -141,8 +143,11 @@ class _Hybrid:
     def _placed(self, numbers: Iterable[int]) -> stacking.Placed | None:
         if self.mesh is None or self.mesh.size == 1:
             return None
-        declared = [self.declared[i] for i in numbers]
-        return stacking.Placed(self.mesh, [rules.stored_spec(d.axes, shape=d.shape, mesh=self.mesh) for d in declared])
+        mesh, specs = self.mesh, []
+        for d in (self.declared[i] for i in numbers):
+            stored = rules.stored_spec(d.axes, shape=d.shape, mesh=mesh)
+            specs.append(heads.spec(stored, dimensions=len(d.shape), heads=d.heads, mesh=mesh))
+        return stacking.Placed(mesh, specs)
 
     def _numbers(self, group: param.Group) -> list[int]:
         return [i for i, declaration in enumerate(self.declared) if declaration.group == group]

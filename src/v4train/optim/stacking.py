@@ -69,6 +69,8 @@ def map_matrices(function: Callable[[Stack], Stack], parameters: Sequence[Matric
     Returns:
         The results, in the shapes, the order and the places of ``parameters``.
     """
+    if not parameters:
+        return []
     if placed is None:
         return _map_local(function, parameters, routes=[_Route()] * len(parameters), shapes=[p.shape[-2:] for p in parameters])
     routes = [_route(spec, shape=p.shape, mesh=placed.mesh) for p, spec in zip(parameters, placed.specs, strict=True)]

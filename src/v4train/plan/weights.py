@@ -12,7 +12,7 @@ import jax
 
 from v4train.core import param
 from v4train.model import count
-from v4train.optim import stacking
+from v4train.optim import heads, stacking
 from v4train.sharding import rules
 
 
@@ -65,8 +65,7 @@ def _weight(path: str, declaration: param.Declaration, mesh: jax.sharding.Abstra
     arguments = {"shape": declaration.shape, "mesh": mesh}
     stored_spec, used_spec = rules.stored_spec(declaration.axes, **arguments), rules.spec(declaration.axes, **arguments)
     stored, used = _axes(stored_spec), _axes(used_spec)
-    last = [tuple(rules.names(part)) for part in stored_spec][-2:] if declaration.group == "muon" else [(), ()]
-    rows, columns = last if declaration.shape[-2:] == tuple(sorted(declaration.shape[-2:])) else reversed(last)
+    rows, columns = _sides(declaration, stored_spec, mesh) if declaration.group == "muon" else ((), ())
     layers = declaration.shape[0] if declaration.axes and declaration.axes[0] == "layers" else 1
     return Weight(
         path=path,
@@ -80,6 +79,16 @@ def _weight(path: str, declaration: param.Declaration, mesh: jax.sharding.Abstra
         columns=columns,
         copied_over=tuple(name for name, n in mesh.shape.items() if n > 1 and name not in stored),
     )
+
+
+def _sides(
+    declaration: param.Declaration, stored: jax.sharding.PartitionSpec, mesh: jax.sharding.AbstractMesh
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes that split the shorter and the longer dimension of a matrix of Muon's."""
+    viewed = heads.spec(stored, dimensions=len(declaration.shape), heads=declaration.heads, mesh=mesh)
+    rows, columns = [tuple(rules.names(part)) for part in viewed][-2:]
+    n, m = declaration.matrix
+    return (rows, columns) if n <= m else (columns, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +122,9 @@ def stacks(placed: Iterable[Weight], *, sizes: Mapping[str, int]) -> list[Stack]
     groups: dict[tuple, tuple[int, int]] = {}
     for w in placed:
         if w.declaration.group == "muon":
-            matrix = math.prod(w.declaration.shape[-2:]) // size((*w.rows, *w.columns), sizes)
+            matrix = math.prod(w.declaration.matrix) // size((*w.rows, *w.columns), sizes)
             alone = w.path if w.stored > stacking.LARGEST_JOINED else ""
-            key = tuple(sorted(w.declaration.shape[-2:])), w.rows, w.columns, w.copied_over, alone
+            key = tuple(sorted(w.declaration.matrix)), w.rows, w.columns, w.copied_over, alone
             groups[key] = matrix, groups.get(key, (0, 0))[1] + w.stored // matrix
     found = []
     for (shape, rows, columns, copies, alone), (matrix, number) in groups.items():
