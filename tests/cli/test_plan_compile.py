@@ -51,6 +51,32 @@ def test_a_mesh_of_another_size_is_refused():
         plan_compile.run(recipe, target="cpu:8")
 
 
+SMALL = (
+    "model.layers=[{pattern: [window]}]",
+    "model.mtp=null",
+    "model.moe.hash_layers=0",
+    "model.image=null",
+    "model.audio=null",
+    "data.max_patches=0",
+)
+
+
+def test_a_compiler_that_ends_when_values_have_their_places_knows_the_same_bytes():
+    recipe = recipe_lib.resolve("configs/tiny.yaml", overrides=(*SMALL, "data.max_audio_frames=0")).config
+    early, late = (plan_compile.run(recipe, target="cpu:8", until=until) for until in ("buffers", "code"))
+    assert (early.devices, early.mesh) == (8, late.mesh)
+    assert (early.arguments, early.code) == (late.arguments, 0)
+    assert early.temporaries == pytest.approx(late.temporaries, rel=0.02)
+    assert early.listing.totals() == late.listing.totals()
+    assert early.largest == late.largest
+
+
+def test_a_mesh_of_another_size_is_refused_by_the_other_process_too():
+    recipe = recipe_lib.resolve("configs/tiny.yaml", overrides=("mesh.expert=2",)).config
+    with pytest.raises(ValueError, match=r"mesh: fsdp 2 x expert 2 needs 4 devices, but there are 8"):
+        plan_compile.run(recipe, target="cpu:8", until="buffers")
+
+
 def test_a_target_that_is_none_is_a_message(capsys):
     assert main.main(["plan", "configs/tiny.yaml", "--compile", "--target", "cpu:2x4"]) == 2
     assert "emulated devices are only counted, such as cpu:8" in capsys.readouterr().err

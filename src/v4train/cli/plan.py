@@ -77,7 +77,7 @@ def _compile(args: argparse.Namespace, recipe: Any, plan: Any, *, remedy: Any = 
     from v4train.cli import plan_compile
     from v4train.plan import report
 
-    compiled = plan_compile.run(recipe, target=args.target)
+    compiled = plan_compile.run(recipe, target=args.target, until=args.until)
     beside = None
     if plan is not None:
         held = plan.phases[0].memory

@@ -5,6 +5,8 @@ This is the place where planning and training meet: the step is the trainer's ow
 """
 
 import argparse
+import functools
+import math
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -12,7 +14,9 @@ from typing import TYPE_CHECKING
 from v4train import recipe as recipe_lib
 
 if TYPE_CHECKING:
-    from v4train.plan import compile
+    import jax
+
+    from v4train.plan import compile, targets
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -21,27 +25,48 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", metavar="KIND:SHAPE", help="devices to compile for: v5p:8x8x8, v5p:8x8x8:2 (slices), H100:64x8 (hosts x GPUs), cpu:8"
     )
+    parser.add_argument(
+        "--until",
+        choices=("code", "buffers"),
+        default="code",
+        help="buffers: end the compiler when all bytes but the program's own are known; for TPUs that is minutes instead of hours",
+    )
 
 
-def run(recipe: recipe_lib.Recipe, *, target: str) -> "compile.Report":
+def run(recipe: recipe_lib.Recipe, *, target: str, until: str = "code") -> "compile.Report":
     """Compiles the recipe's training step, on batches of its first phase.
+
+    Args:
+        recipe: what to compile.
+        target: devices to compile for.
+        until: ``code`` or ``buffers``, see `configure`.
 
     Raises:
         ValueError: there is no such target, its compiler is not installed, or the recipe's mesh is not of its size.
     """
     from v4train.plan import compile, targets
-    from v4train.sharding import mesh as mesh_lib
-    from v4train.train import build
 
     described = targets.parse(target)
-    mesh = mesh_lib.arrange(recipe.mesh, targets.devices(described))
-    print(f"compiling {recipe.name} for {mesh.size} {described.chip} (minutes)", file=sys.stderr)
+    targets.prepare(described)
+    print(f"compiling {recipe.name} for {math.prod(recipe.mesh.sizes.values())} {described.chip} (minutes)", file=sys.stderr)
+    if until == "buffers":
+        return compile.until_buffers(described, mesh=dict(recipe.mesh.axes), lower=functools.partial(_lower, recipe, described))
+    mesh = _mesh(recipe, described)
+    return compile.ahead_of_time(described, mesh=mesh, lower=functools.partial(_lower, recipe, described, mesh=mesh))
 
-    def lower():
-        abstract = build.abstract(recipe, mesh=mesh)
-        return build.lower_step(abstract, abstract.variant_at(0))
 
-    return compile.ahead_of_time(described, mesh=mesh, lower=lower)
+def _mesh(recipe: recipe_lib.Recipe, target: "targets.Target") -> "jax.sharding.Mesh":
+    from v4train.plan import targets
+    from v4train.sharding import mesh as mesh_lib
+
+    return mesh_lib.arrange(recipe.mesh, targets.devices(target))
+
+
+def _lower(recipe: recipe_lib.Recipe, target: "targets.Target", *, mesh: "jax.sharding.Mesh | None" = None) -> "jax.stages.Lowered":
+    from v4train.train import build
+
+    abstract = build.abstract(recipe, mesh=mesh or _mesh(recipe, target))
+    return build.lower_step(abstract, abstract.variant_at(0))
 
 
 def table(report: "compile.Report", *, estimate: Mapping[str, float] | None = None) -> str:

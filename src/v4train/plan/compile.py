@@ -10,10 +10,16 @@ size and warns. Here both become a `Report` whose total is compared with the chi
 A second thing that is an error of ours and no error of the compiler's: *involuntary full rematerialization*. If the partitioner
 finds no way from one sharding to another it makes every device hold the whole array, says so on stderr, and goes on. Where the array is a
 table of a few kilobytes, that is right; where it is a stack of weights it is the end of scaling. They are collected (`Report.replicated`).
+
+Everything but the size of the code is known when the compiler has given every value its place. What a TPU's compiler does after that,
+writing the program, takes most of its time. `until_buffers` compiles in a process of its own and ends it there: a compiler that runs in a
+thread cannot be stopped.
 """
 
 import contextlib
 import dataclasses
+import math
+import multiprocessing
 import os
 import pathlib
 import re
@@ -31,6 +37,8 @@ from v4train.plan import buffers, collectives, targets
 
 _REPLICATED = re.compile(r"Involuntary full rematerialization.*for HLO operation %?[\w.\-]+ = (\S+?)\{?[\d,]*\}? .*?op_name=\"([^\":]*)")
 _NOT_FIT = ("CompileTimeHbmOom", "RESOURCE_EXHAUSTED")
+_PROGRAM, _ASSIGNMENT = "*after_optimizations.txt", "*buffer-assignment.txt"
+_LOWERED, _TOLD, _REFUSED = "lowered", "told", "refused"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Report:
         arguments: bytes per device of state and batch.
         results: of what is returned in memory of its own; most of the state is given back where it came.
         temporaries: of everything in between.
-        code: of the program.
+        code: of the program; 0 if it was not written (`until_buffers`).
         listing: its collectives.
         replicated: arrays that the partitioner made whole on every device because it found no other way, with how often.
         largest: the largest temporaries.
@@ -130,24 +138,88 @@ def ahead_of_time(target: targets.Target, *, mesh: jax.sharding.Mesh, lower: Cal
     with tempfile.TemporaryDirectory(prefix="v4train-aot-") as directory, _without_cache():
         compiled, told = _compile(lowered, compiler.ahead_of_time(target.platform) | {"xla_dump_to": directory})
         seconds = (between - started, time.perf_counter() - between)
-        dump = pathlib.Path(directory)
-        text = _largest_file(dump, "*after_optimizations.txt")
-        account = buffers.read(_largest_file(dump, "*buffer-assignment.txt"), program=text)
+        found = _account(pathlib.Path(directory), target=target, mesh=dict(mesh.shape), told=told, seconds=seconds)
     memory = None if compiled is None else compiled.memory_analysis()
     if memory is None:
-        arguments, results, temporaries, code = account.arguments, account.results, account.temporaries, 0
-    else:
-        arguments, temporaries, code = memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
-        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return found
+    return dataclasses.replace(
+        found,
+        arguments=memory.argument_size_in_bytes,
+        results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+    )
+
+
+def until_buffers(
+    target: targets.Target, *, mesh: dict[str, int], lower: Callable[[], jax.stages.Lowered], poll_seconds: float = 2.0
+) -> Report:
+    """As `ahead_of_time`, but ends the compiler when it has given every value its place: all but ``code`` is known then.
+
+    Args:
+        target: what the devices are.
+        mesh: axis name -> size.
+        lower: can be pickled; traces and lowers the program on the target's devices, in another process.
+        poll_seconds: between two looks at what the compiler has written.
+
+    Raises:
+        ValueError: what ``lower`` raised; or the process ended before, and what it wrote to stderr stands above.
+    """
+    with tempfile.TemporaryDirectory(prefix="v4train-aot-") as directory:
+        dump, started = pathlib.Path(directory), time.time()
+        process = multiprocessing.get_context("spawn").Process(target=_compile_into, args=(directory, target, lower))
+        process.start()
+        try:
+            size = 0
+            while process.is_alive():
+                process.join(poll_seconds)
+                before, size = size, len(_largest_file(dump, _ASSIGNMENT))
+                if size and size == before:
+                    break
+        finally:
+            process.kill()
+            process.join()
+        if (dump / _REFUSED).exists():
+            raise ValueError((dump / _REFUSED).read_text())
+        told = (dump / _TOLD).read_text(errors="replace").splitlines() if (dump / _TOLD).exists() else []
+        if not _largest_file(dump, _ASSIGNMENT):
+            print("\n".join(told), file=sys.stderr)
+            raise ValueError(
+                f"--target {target.name}: the compiler ended before it knew where the values lie (exit code {process.exitcode})"
+            )
+        lowered = (dump / _LOWERED).stat().st_mtime
+        return _account(dump, target=target, mesh=mesh, told=told, seconds=(lowered - started, time.time() - lowered))
+
+
+def _compile_into(directory: str, target: targets.Target, lower: Callable[[], jax.stages.Lowered]) -> None:
+    """What the process of `until_buffers` does: compiles, and leaves everything that is to be known in ``directory``."""
+    dump = pathlib.Path(directory)
+    try:
+        with select.compiling_for(target.platform):
+            lowered = lower()
+    except ValueError as e:
+        (dump / _REFUSED).write_text(str(e))
+        return
+    (dump / _LOWERED).touch()
+    jax.config.update("jax_enable_compilation_cache", False)
+    with (dump / _TOLD).open("w") as file:
+        os.dup2(file.fileno(), 2)
+        lowered.compile(compiler.ahead_of_time(target.platform) | {"xla_dump_to": directory})
+
+
+def _account(dump: pathlib.Path, *, target: targets.Target, mesh: dict[str, int], told: list[str], seconds: tuple[float, float]) -> Report:
+    """What the compiler's own files say."""
+    text = _largest_file(dump, _PROGRAM)
+    account = buffers.read(_largest_file(dump, _ASSIGNMENT), program=text)
     return Report(
         target=target,
-        devices=mesh.devices.size,
-        mesh=dict(mesh.shape),
-        arguments=arguments,
-        results=results,
-        temporaries=temporaries,
-        code=code,
-        listing=collectives.read(text, mesh=dict(mesh.shape)),
+        devices=math.prod(mesh.values()),
+        mesh=mesh,
+        arguments=account.arguments,
+        results=account.results,
+        temporaries=account.temporaries,
+        code=0,
+        listing=collectives.read(text, mesh=mesh),
         replicated=_replicated(told),
         largest=account.largest,
         seconds=seconds,
