@@ -75,6 +75,8 @@ class Declaration:
         heads: a matrix ``[in, heads * width]`` is that many matrices side by side. They are one for Muon unless the recipe says
             `head_wise`.
         precision: ``compute`` weights are cast to the compute dtype before the forward pass, ``fp32`` ones never.
+        product: whose formats matrix products with it have: ``linear`` and ``experts`` are keys of the recipe's `numerics`; ``high`` is
+            not rounded further, whatever the recipe says.
         tags: roles that others select by: ``indexer``, ``routed_expert``, ``embedding``, ``mtp``, ``router_bias``, ``hash_table``, and
             those for which a recipe may choose group or decay: ``router_gate``, ``position_table``, ``sink``, ``hyper_gate``, ``norm``.
         dtype: of the master copy.
@@ -87,6 +89,7 @@ class Declaration:
     decay: bool = True
     heads: int = 1
     precision: Literal["compute", "fp32"] = "compute"
+    product: Literal["high", "linear", "experts"] = "high"
     tags: frozenset[str] = frozenset()
     dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.float32))
 
@@ -94,6 +97,7 @@ class Declaration:
         assert len(self.shape) == len(self.axes), (self.shape, self.axes)
         assert self.group != "muon" or len(self.shape) >= 2, "muon needs a matrix"
         assert self.shape[-1:] == () or self.shape[-1] % self.heads == 0, (self.shape, self.heads)
+        assert self.product == "high" or (self.precision == "compute" and len(self.shape) >= 2), "few bits are for matrices"
 
     @property
     def size(self) -> int:

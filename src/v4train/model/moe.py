@@ -5,6 +5,7 @@ Routed experts are split over devices and tokens travel to them (`ops.exchange`)
 expert's hidden width is split over `tensor`: the devices that share an expert see the same tokens and add up what they compute.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -15,8 +16,8 @@ from jaxtyping import Array, Float, Int
 from v4train.core import param
 from v4train.model import config as config_lib
 from v4train.model import context as context_lib
-from v4train.model import router
-from v4train.ops import grouped_matmul, select
+from v4train.model import product, router
+from v4train.ops import products, select
 from v4train.ops.exchange import route
 from v4train.sharding import constrain
 
@@ -32,12 +33,12 @@ class SharedExpert(nnx.Module):
     def __init__(self, config: config_lib.ModelConfig):
         width, init = config.moe.ffn * config.moe.shared, param.Normal(config.init_std)
         self.limit = config.moe.swiglu_limit
-        self.w1 = param.param((config.hidden, width), "D F", init)
-        self.w3 = param.param((config.hidden, width), "D F", init)
-        self.w2 = param.param((width, config.hidden), "F D", init)
+        self.w1 = param.param((config.hidden, width), "D F", init, product="linear")
+        self.w3 = param.param((config.hidden, width), "D F", init, product="linear")
+        self.w2 = param.param((width, config.hidden), "F D", init, product="linear")
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        return swiglu(x @ self.w1[...], x @ self.w3[...], limit=self.limit) @ self.w2[...]
+        return product.times(swiglu(product.times(x, self.w1), product.times(x, self.w3), limit=self.limit), self.w2)
 
 
 class Travelled(NamedTuple):
@@ -54,28 +55,26 @@ class RoutedExperts(nnx.Module):
     def __init__(self, config: config_lib.ModelConfig):
         moe, d, init = config.moe, config.hidden, param.Normal(config.init_std)
         self.config = moe
-        self.w1 = param.param((moe.experts, d, moe.ffn), "E D F", init)
-        self.w3 = param.param((moe.experts, d, moe.ffn), "E D F", init)
-        self.w2 = param.param((moe.experts, moe.ffn, d), "E F D", init)
+        self.w1 = param.param((moe.experts, d, moe.ffn), "E D F", init, product="experts")
+        self.w3 = param.param((moe.experts, d, moe.ffn), "E D F", init, product="experts")
+        self.w2 = param.param((moe.experts, moe.ffn, d), "E F D", init, product="experts")
 
     def __call__(self, x: Float[Array, "b s d"], routing: router.Routing) -> Travelled:
         moe, exchange = self.config, exchange_of(self.config.exchange)
-        matmul = select.implementation("grouped_matmul")
+        matmul, formats = select.implementation("grouped_matmul"), product.formats(self.w1)
 
-        def experts(weights: tuple[Array, Array, Array], rows: Array, group_sizes: Array) -> Array:
-            def times(x: Array, w: Array) -> Array:
-                return grouped_matmul.grouped_matmul(x, w, group_sizes, implementation=matmul)
-
-            w1, w3, w2 = weights
+        def experts(params: tuple[Array, Array, Array, products.Formats], rows: Array, group_sizes: Array) -> Array:
+            w1, w3, w2, formats = params
+            times = functools.partial(formats.grouped, group_sizes=group_sizes, implementation=matmul)
             return times(swiglu(times(rows, w1), times(rows, w3), limit=moe.swiglu_limit), w2)
 
-        def local(x, chosen, factors, w1, w3, w2):
+        def local(x, chosen, factors, w1, w3, w2, formats):
             routed = route.through_experts(
                 x.reshape(-1, x.shape[-1]),
                 expert_ids=chosen.reshape(-1, moe.top_k),
                 weights=factors.reshape(-1, moe.top_k),
                 expert_fn=experts,
-                params=(w1, w3, w2),
+                params=(w1, w3, w2, formats),
                 num_experts=moe.experts,
                 exchange=exchange,
             )
@@ -83,8 +82,8 @@ class RoutedExperts(nnx.Module):
             return routed.out.astype(x.dtype).reshape(1, *x.shape), counts[None]
 
         stored = constrain.Stored("E D F"), constrain.Stored("E D F"), constrain.Stored("E F D")
-        run = constrain.shard_local(local, inputs=("B S _", "B S _", "B S _", *stored), outputs=("P B S _", "T _"))
-        parts, counts = run(x, routing.experts, routing.weights, self.w1[...], self.w3[...], self.w2[...])
+        run = constrain.shard_local(local, inputs=("B S _", "B S _", "B S _", *stored, "_"), outputs=("P B S _", "T _"))
+        parts, counts = run(x, routing.experts, routing.weights, self.w1[...], self.w3[...], self.w2[...], formats)
         return Travelled(parts.sum(axis=0), *counts.sum(axis=0))
 
 

@@ -73,21 +73,69 @@ def grouped_matmul(
         case "triton" | "interpreted":
             return _kernel(x, w, group_sizes, _Where(interpret=implementation == "interpreted"))
         case _:
-            raise ValueError(
-                f"grouped_matmul: unknown implementation {implementation!r}; choose one of {', '.join(get_args(Implementation))}"
-            )
+            raise ValueError(_unknown(implementation))
+
+
+def by_matrices(
+    x: Float[Array, "R d"], w: Float[Array, "G d f"], group_sizes: Int[Array, "G"], *, transposed: bool = False, implementation: Implementation
+) -> Float[Array, "R f"]:
+    """`grouped_matmul` without a derivative rule, and if ``transposed`` by the transposed matrices, ``[G, f, d]``: a part of other rules."""
+    x, w, group_sizes = _varying_alike(x, w, group_sizes)
+    match implementation:
+        case "dense":
+            return _dense(x, w.swapaxes(1, 2) if transposed else w, group_sizes)
+        case "ragged_dot":
+            return _ragged_by_matrices(x, w, group_sizes, transposed=transposed)
+        case "blocked":
+            return _blocked_by_matrices(x, w, group_sizes, transposed=transposed)
+        case "triton" | "interpreted":
+            from v4train.ops.kernels import grouped_matmul_triton  # Pallas takes a third of a second to import
+
+            interpret = implementation == "interpreted"
+            return grouped_matmul_triton.rows_by_matrices(x, w, group_sizes, transposed=transposed, interpret=interpret)
+    raise ValueError(_unknown(implementation))
+
+
+def by_rows(
+    x: Float[Array, "R d"], dy: Float[Array, "R f"], group_sizes: Int[Array, "G"], *, implementation: Implementation
+) -> Float[Array, "G d f"]:
+    """``dw[g] = sum over the rows r of g of outer(x[r], dy[r])``, in the dtype of ``x``. Rows past the sum are zero in both."""
+    x, dy, group_sizes = _varying_alike(x, dy, group_sizes)
+    match implementation:
+        case "dense":
+            member = _member(len(x), group_sizes).astype(x.dtype)
+            return jnp.einsum("rg,rd,rf->gdf", member, x, dy, preferred_element_type=jnp.float32).astype(x.dtype)
+        case "ragged_dot":
+            return lax.ragged_dot_general(x, dy, group_sizes, _OVER_ROWS, preferred_element_type=x.dtype)
+        case "blocked":
+            return _blocked_by_rows(x, dy, group_sizes)
+        case "triton" | "interpreted":
+            from v4train.ops.kernels import grouped_matmul_triton
+
+            return grouped_matmul_triton.rows_by_rows(x, dy, group_sizes, interpret=implementation == "interpreted")
+    raise ValueError(_unknown(implementation))
+
+
+def _unknown(implementation: str) -> str:
+    return f"grouped_matmul: unknown implementation {implementation!r}; choose one of {', '.join(get_args(Implementation))}"
+
+
+def _member(rows: int, group_sizes: Array) -> Array:
+    """Whether a row is of a group, [R, G]."""
+    ends = jnp.cumsum(group_sizes)
+    row = jnp.arange(rows)[:, None]
+    return (row >= (ends - group_sizes)[None]) & (row < ends[None])
 
 
 def _dense(x: Array, w: Array, group_sizes: Array) -> Array:
-    ends = jnp.cumsum(group_sizes)
-    row = jnp.arange(x.shape[0])[:, None]
-    member = (row >= (ends - group_sizes)[None]) & (row < ends[None])
-    x = _zero_past_end(x, group_sizes)
-    y = jnp.einsum("rg,rd,gdf->rf", member.astype(x.dtype), x, w, preferred_element_type=jnp.float32)
-    return _zero_past_end(y.astype(x.dtype), group_sizes)
+    member = _member(len(x), group_sizes).astype(x.dtype)
+    x = zero_past_end(x, group_sizes)
+    y = jnp.einsum("rg,rd,gdf->rf", member, x, w, preferred_element_type=jnp.float32)
+    return zero_past_end(y.astype(x.dtype), group_sizes)
 
 
-def _zero_past_end(rows: Array, group_sizes: Array) -> Array:
+def zero_past_end(rows: Float[Array, "R d"], group_sizes: Int[Array, "G"]) -> Float[Array, "R d"]:
+    """The rows that are of a group; zeros in place of the others, whatever they hold."""
     return jnp.where((jnp.arange(rows.shape[0]) < group_sizes.sum())[:, None], rows, 0)
 
 
@@ -102,10 +150,21 @@ def _varying_alike(*arrays: Array) -> tuple[Array, ...]:
     return tuple(lax.pcast(a, tuple(every - own), to="varying") if own != every else a for a, own in zip(arrays, axes, strict=True))
 
 
+_BY_TRANSPOSED = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=(0,))
+_OVER_ROWS = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=())
+
+
+def _ragged_by_matrices(x: Array, w: Array, group_sizes: Array, *, transposed: bool = False) -> Array:
+    if transposed:
+        y = lax.ragged_dot_general(x, w, group_sizes, _BY_TRANSPOSED, preferred_element_type=x.dtype)
+    else:
+        y = lax.ragged_dot(x, w, group_sizes, preferred_element_type=x.dtype)
+    return zero_past_end(y, group_sizes)
+
+
 @jax.custom_vjp
 def _ragged_dot(x: Array, w: Array, group_sizes: Array) -> Array:
-    y = lax.ragged_dot(x, w, group_sizes, preferred_element_type=x.dtype)
-    return _zero_past_end(y, group_sizes)
+    return _ragged_by_matrices(x, w, group_sizes)
 
 
 def _ragged_dot_forward(x: Array, w: Array, group_sizes: Array) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -114,11 +173,8 @@ def _ragged_dot_forward(x: Array, w: Array, group_sizes: Array) -> tuple[Array, 
 
 def _ragged_dot_backward(saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, None]:
     x, w, group_sizes = saved
-    rows_by_transposed = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=(0,))
-    over_rows = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=())
-    dx = lax.ragged_dot_general(dy, w, group_sizes, rows_by_transposed, preferred_element_type=x.dtype)
-    dw = lax.ragged_dot_general(x, dy, group_sizes, over_rows, preferred_element_type=w.dtype)
-    return _zero_past_end(dx, group_sizes), dw, None
+    dw = lax.ragged_dot_general(x, dy, group_sizes, _OVER_ROWS, preferred_element_type=w.dtype)
+    return _ragged_by_matrices(dy, w, group_sizes, transposed=True).astype(x.dtype), dw, None
 
 
 _ragged_dot.defvjp(_ragged_dot_forward, _ragged_dot_backward)
@@ -126,11 +182,16 @@ _ragged_dot.defvjp(_ragged_dot_forward, _ragged_dot_backward)
 
 @jax.custom_vjp
 def _blocked(x: Array, w: Array, group_sizes: Array) -> Array:
+    return _blocked_by_matrices(x, w, group_sizes)
+
+
+def _blocked_by_matrices(x: Array, w: Array, group_sizes: Array, *, transposed: bool = False) -> Array:
     rows = x.astype(jnp.float32)
 
     def group(y: Array, per_group: tuple[Array, Array, Array]) -> tuple[Array, None]:
         w_g, size, end = per_group
         w_g = w_g.astype(jnp.float32)
+        w_g = w_g.T if transposed else w_g
 
         def block(i: Array, y: Array) -> Array:
             start, mine = _block(i, size, end, len(y))
@@ -138,8 +199,24 @@ def _blocked(x: Array, w: Array, group_sizes: Array) -> Array:
 
         return lax.fori_loop(0, _blocks(size, len(y)), block, y), None
 
-    y = jnp.zeros_like(rows, shape=(x.shape[0], w.shape[2]))
+    y = jnp.zeros_like(rows, shape=(x.shape[0], w.shape[1 if transposed else 2]))
     return lax.scan(group, y, (w, group_sizes, jnp.cumsum(group_sizes)))[0].astype(x.dtype)
+
+
+def _blocked_by_rows(x: Array, dy: Array, group_sizes: Array) -> Array:
+    rows, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
+
+    def group(_: None, per_group: tuple[Array, Array]) -> tuple[None, Array]:
+        size, end = per_group
+
+        def block(i: Array, dw_g: Array) -> Array:
+            start, mine = _block(i, size, end, len(rows))
+            return dw_g + _take(rows, start, mine).T @ _take(dy, start, mine)
+
+        zeros = jnp.zeros_like(rows, shape=(rows.shape[1], dy.shape[1]))
+        return None, lax.fori_loop(0, _blocks(size, len(rows)), block, zeros).astype(x.dtype)
+
+    return lax.scan(group, None, (group_sizes, jnp.cumsum(group_sizes)))[1]
 
 
 def _blocked_forward(x: Array, w: Array, group_sizes: Array) -> tuple[Array, tuple[Array, Array, Array]]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from v4train.core import param
 from v4train.model import config as config_lib
 from v4train.model import context as context_lib
+from v4train.model import product
 from v4train.ops import norm, rope, select, sparse_attention
 from v4train.sharding import constrain
 
@@ -73,28 +74,28 @@ class Projections(nnx.Module):
     def __init__(self, config: config_lib.ModelConfig):
         a, d, init = config.attention, config.hidden, param.Normal(config.init_std)
         self.config, self.eps = a, config.norm_eps
-        self.wq_a = param.param((d, a.query_rank), "D R", init)
+        self.wq_a = param.param((d, a.query_rank), "D R", init, product="linear")
         self.q_norm = param.scale(a.query_rank, "R")
-        self.wq_b = param.param((a.query_rank, a.heads * a.head_dim), "R H", init, heads=a.heads)
-        self.wkv = param.param((d, a.head_dim), "D K", init)
+        self.wq_b = param.param((a.query_rank, a.heads * a.head_dim), "R H", init, heads=a.heads, product="linear")
+        self.wkv = param.param((d, a.head_dim), "D K", init, product="linear")
         self.kv_norm = param.scale(a.head_dim, "K")
         scalar = {"group": "adamw", "decay": False, "precision": "fp32", "tags": frozenset({"sink"})}
         self.sink = param.param((a.heads,), "_", param.Constant(0.0), **scalar)
-        self.wo_a = param.param((a.output_groups, a.heads // a.output_groups * a.head_dim, a.output_rank), "G H R", init)
-        self.wo_b = param.param((a.output_groups * a.output_rank, d), "O D", init)
+        self.wo_a = param.param((a.output_groups, a.heads // a.output_groups * a.head_dim, a.output_rank), "G H R", init, product="linear")
+        self.wo_b = param.param((a.output_groups * a.output_rank, d), "O D", init, product="linear")
 
     def latent(self, x: Float[Array, "b s d"]) -> Float[Array, "b s r"]:
         """The normalised low-rank latent that queries and index queries are made of."""
-        return norm.rms_norm(x @ self.wq_a[...], self.q_norm[...], eps=self.eps)
+        return norm.rms_norm(product.times(x, self.wq_a), self.q_norm[...], eps=self.eps)
 
     def queries(self, latent: Float[Array, "b s r"], positions: Int[Array, "b s"], *, freqs: np.ndarray) -> Float[Array, "b s h k"]:
         """Rotated queries."""
-        query = (latent @ self.wq_b[...]).reshape(*latent.shape[:2], self.config.heads, -1)
+        query = product.times(latent, self.wq_b).reshape(*latent.shape[:2], self.config.heads, -1)
         return rope.rotate(norm.rms_norm(query, eps=self.eps), positions, freqs=freqs)
 
     def keys(self, x: Float[Array, "b s d"], positions: Int[Array, "b s"], *, freqs: np.ndarray) -> Float[Array, "b s k"]:
         """Rotated raw keys, which are the values too."""
-        return rope.rotate(norm.rms_norm(x @ self.wkv[...], self.kv_norm[...], eps=self.eps), positions, freqs=freqs)
+        return rope.rotate(norm.rms_norm(product.times(x, self.wkv), self.kv_norm[...], eps=self.eps), positions, freqs=freqs)
 
     def attend(
         self,
@@ -122,5 +123,5 @@ class Projections(nnx.Module):
         """Turns the result back by the query's position and projects it to the hidden width."""
         heads = rope.rotate(attended.out, positions, freqs=freqs, inverse=True).astype(dtype)
         grouped = heads.reshape(*heads.shape[:2], self.config.output_groups, -1)
-        low = jnp.einsum("bsgh,ghr->bsgr", grouped, self.wo_a[...])
-        return AttentionOutput(low.reshape(*heads.shape[:2], -1) @ self.wo_b[...], attended.indexer_loss.sum())
+        low = product.times(grouped, self.wo_a)
+        return AttentionOutput(product.times(low.reshape(*heads.shape[:2], -1), self.wo_b), attended.indexer_loss.sum())

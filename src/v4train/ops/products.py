@@ -1,0 +1,161 @@
+"""Products of activations with weights, in the compute dtype or in FP8, forward and backward.
+
+``y = x @ w`` is three products in training. In FP8 each of them has both factors in E4M3 (`numerics.scaled`), with scales of
+
+=========== ==================== =============================== ==============================================
+product     contracted over      activations, gradients          the other factor
+=========== ==================== =============================== ==============================================
+y = x w     input, d             x: 1 x 128 along d              w: blocks of 128 x 128
+dx = dy w^T output, f            dy: 1 x 128 along f             w: the same blocks, the same codes
+dw = x^T dy tokens               x: 128 tokens x 1               dy: 128 tokens x 1
+=========== ==================== =============================== ==============================================
+
+Every scale is constant along 128 steps of the contraction, which is what a kernel needs: it multiplies 128 steps in FP8 units, scales the
+sum and adds it in fp32. The format is that of DeepSeek-V3's report (3.3), which V4 keeps; scales that are powers of two are as in V4's
+files. Chosen here, where the reports are silent:
+
+* Tiles along tokens do not cross a row of the batch: what one row's gradient is rounded with does not depend on its neighbours, nor on the
+  mesh, as long as a context shard is a multiple of 128.
+* For dw, x is rounded anew from the compute dtype (DeepSeek-V3 keeps the E4M3 tiles of the forward pass and rounds those a second time: a
+  byte less an element to keep, one more rounding error).
+* Experts: tiles of dw are 128 places of the buffer of sorted rows, wherever a group ends. A tile at a border is shared by two experts,
+  which costs range, never correctness; groups padded to 128 would cost rows, a scale for each row could not leave the sum.
+
+**Weights come rounded**: `policy.cast_for_compute` has rounded the fp32 master once a step, so that the blocks are those of the whole
+matrix on every mesh, and the gradient goes straight through to the master.
+
+Implementations of the FP8 products (`ops.select`, row ``fp8_matmul``): ``emulated`` multiplies the rounded values in the compute dtype and
+accumulates in fp32, on any hardware. The values are exact in bf16, so this is the same arithmetic up to the order of sums.
+
+**Counting.** How many elements saturate and vanish is wanted of activations and of gradients, deep in scanned, rematerialised and
+sharded code that returns nothing but activations. So the counts leave the way gradients do: a product takes an array of zeros, the
+*probe*, that it does not use, and its derivative rule gives the counts as the probe's gradient. Autodiff adds them up over all layers.
+"""
+
+import dataclasses
+import functools
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from v4train.numerics import scaled
+from v4train.ops import grouped_matmul
+
+PROBE_SHAPE = (2, 3)
+"""Activations and gradients, each: elements, saturated, vanished."""
+
+_ALONG_WIDTH = (1, scaled.FP8_TILE)
+_ALONG_ROWS = (scaled.FP8_TILE, 1)
+
+
+class Formats(Protocol):
+    """How activations are multiplied with weights. A tree of arrays, so that it can be handed into mapped and recomputed functions."""
+
+    def linear(self, x: Float[Array, "b s *g d"], w: Float[Array, "*g d f"]) -> Float[Array, "b s *g f"]:
+        """``x @ w``, in the dtype of ``x``."""
+        ...
+
+    def grouped(
+        self, x: Float[Array, "R d"], w: Float[Array, "G d f"], *, group_sizes: Int[Array, "G"], implementation: grouped_matmul.Implementation
+    ) -> Float[Array, "R f"]:
+        """`grouped_matmul.grouped_matmul`."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """In the dtype that the factors have."""
+
+    def linear(self, x, w):
+        return x @ w if w.ndim == 2 else jnp.einsum("bsgd,gdf->bsgf", x, w)
+
+    def grouped(self, x, w, *, group_sizes, implementation):
+        return grouped_matmul.grouped_matmul(x, w, group_sizes, implementation=implementation)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["probe"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Fp8:
+    """In E4M3, with weights that hold values of E4M3 in blocks.
+
+    Attributes:
+        probe: zeros of `PROBE_SHAPE`, whose gradient is the counts; None: nothing is counted.
+    """
+
+    probe: Float[Array, "2 3"] | None
+
+    def linear(self, x, w):
+        return _linear(x, w, self.probe)
+
+    def grouped(self, x, w, *, group_sizes, implementation):
+        return _grouped(x, w, group_sizes, self.probe, implementation)
+
+
+def _rounded(x: Array, tile: tuple[int, int]) -> Array:
+    return scaled.rounded(x, scaled.E4M3, block=tile)
+
+
+def _counts(x: Array, probe: Array | None, *, rows: Array | None = None) -> Array | None:
+    """Of the elements of ``x``, of which only some rows count: the others are zero."""
+    if probe is None:
+        return None
+    counts = scaled.count(x, scaled.E4M3, block=_ALONG_WIDTH)
+    return counts if rows is None else counts.at[0].set(rows.astype(jnp.float32) * x.shape[1])
+
+
+def _along_tokens(x: Float[Array, "b s *g d"]) -> Array:
+    """Rounded with one scale for 128 tokens of a row and one channel."""
+    flat = x.reshape(*x.shape[:2], -1)
+    return _rounded(flat, _ALONG_ROWS).reshape(x.shape)
+
+
+def _dot(subscripts: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+
+
+@jax.custom_vjp
+def _linear(x: Array, w: Array, probe: Array | None) -> Array:
+    g = "g" * (w.ndim - 2)
+    return _dot(f"bs{g}d,{g}df->bs{g}f", _rounded(x, _ALONG_WIDTH), w)
+
+
+def _linear_forward(x: Array, w: Array, probe: Array | None) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    return _linear(x, w, probe), (x, w, _counts(x, probe))
+
+
+def _linear_backward(saved: tuple[Array, Array, Array | None], dy: Array) -> tuple[Array, Array, Array | None]:
+    x, w, counts = saved
+    g = "g" * (w.ndim - 2)
+    dx = _dot(f"bs{g}f,{g}df->bs{g}d", _rounded(dy, _ALONG_WIDTH), w)
+    dw = _dot(f"bs{g}d,bs{g}f->{g}df", _along_tokens(x), _along_tokens(dy))
+    return dx, dw.astype(w.dtype), None if counts is None else jnp.stack([counts, _counts(dy, counts)])
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _grouped(x: Array, w: Array, group_sizes: Array, probe: Array | None, implementation: grouped_matmul.Implementation) -> Array:
+    x = _rounded(grouped_matmul.zero_past_end(x, group_sizes), _ALONG_WIDTH)
+    return grouped_matmul.by_matrices(x, w, group_sizes, implementation=implementation)
+
+
+def _grouped_forward(x: Array, w: Array, group_sizes: Array, probe: Array | None, implementation: grouped_matmul.Implementation):
+    x = grouped_matmul.zero_past_end(x, group_sizes)
+    return _grouped(x, w, group_sizes, probe, implementation), (x, w, group_sizes, _counts(x, probe, rows=group_sizes.sum()))
+
+
+def _grouped_backward(implementation: grouped_matmul.Implementation, saved: tuple, dy: Array):
+    x, w, group_sizes, counts = saved
+    dy = grouped_matmul.zero_past_end(dy, group_sizes)
+    dx = grouped_matmul.by_matrices(_rounded(dy, _ALONG_WIDTH), w, group_sizes, transposed=True, implementation=implementation)
+    rows = _rounded(x, _ALONG_ROWS), _rounded(dy, _ALONG_ROWS)
+    dw = grouped_matmul.by_rows(*rows, group_sizes, implementation=implementation)
+    of_dy = _counts(dy, counts, rows=group_sizes.sum())
+    return dx, dw.astype(w.dtype), None, None if counts is None else jnp.stack([counts, of_dy])
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
