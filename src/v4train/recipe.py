@@ -17,9 +17,14 @@ from v4train.numerics import config as numerics_config
 from v4train.optim import config as optim_config
 from v4train.sharding import config as sharding_config
 from v4train.train import config as train_config
+from v4train.train.evals import config as evals_config
 
 _AUDIO = (80, 16)
 """Channels and levels of a frame, as every token store holds them."""
+
+
+_FIELDS = ("kind", "step", "tokens", "loss", "bpb", "modality_bpb")
+"""Of records of held-out loss."""
 
 
 class Recipe(base.Config):
@@ -135,6 +140,24 @@ def _positions_suffice(r: Recipe) -> str | None:
     return None
 
 
+def _needles_fit(r: Recipe) -> str | None:
+    for i, each in enumerate(r.train.evals):
+        longest = max(each.lengths) if isinstance(each, evals_config.NeedleConfig) else 0
+        if longest > r.model.max_positions:
+            return f"train.evals[{i}].lengths has {longest}, but model.max_positions is {r.model.max_positions}: leave longer ones out"
+    return None
+
+
+def _evaluations_have_names(r: Recipe) -> str | None:
+    names = [each.label for each in r.train.evals]
+    for name in names:
+        if names.count(name) > 1:
+            return f"train.evals: {names.count(name)} are called {name!r}; give each a name of its own"
+        if name in _FIELDS:
+            return f"train.evals: {name!r} is a field of every record; give this evaluation another name"
+    return None
+
+
 def _image_stem_fits(r: Recipe) -> str | None:
     patches = max(shape.patches for shape in _shapes(r))
     if patches and r.model.image is None:
@@ -204,6 +227,8 @@ CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
     _sequence_divides,
     _mesh_is_emulated_whole,
     _positions_suffice,
+    _needles_fit,
+    _evaluations_have_names,
     _image_stem_fits,
     _audio_stem_fits,
     _run_directory_is_a_path,

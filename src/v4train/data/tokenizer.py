@@ -35,6 +35,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from v4train.data import config as config_lib
+from v4train.data import token_bytes
 
 SPECIALS = ("bos", "eos", "pad", "image", "audio", "image_start", "image_end", "audio_start", "audio_end")
 
@@ -87,6 +88,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: np.ndarray) -> str: ...
 
+    def byte_counts(self) -> np.ndarray:
+        """``i32[vocab]``: bytes of UTF-8 that each id stands for in a text; specials are 0."""
+        ...
+
 
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes 0..255, specials 256..264, spare ids to 271."""
@@ -116,6 +121,10 @@ class ByteTokenizer(Tokenizer):
                 raise ValueError(f"id {i} is outside the byte vocabulary of {self.vocab_size}: the ids are from another tokenizer")
             pieces.append(bytes([i]) if i < 256 else self.names[i].encode())
         return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def byte_counts(self) -> np.ndarray:
+        """See `Tokenizer.byte_counts`."""
+        return (np.arange(self.vocab_size) < 256).astype(np.int32)
 
 
 class JsonTokenizer(Tokenizer):
@@ -203,6 +212,11 @@ class JsonTokenizer(Tokenizer):
             pieces += [self._decode(run), f"<{self._added[i - self._file_ids]}>"]
             run = []
         return "".join([*pieces, self._decode(run)])
+
+    def byte_counts(self) -> np.ndarray:
+        """See `Tokenizer.byte_counts`. Costs a second or two for a large vocabulary."""
+        content, vocab = _parse(self._raw, path=self._path), self._file.get_vocab(with_added_tokens=False)
+        return token_bytes.of_file(content, vocab=vocab, size=self.vocab_size, decode=self._decode)
 
     def _decode(self, ids: list[int]) -> str:
         return self._file.decode(ids, skip_special_tokens=False)

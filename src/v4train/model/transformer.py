@@ -8,6 +8,7 @@ A `Transformer` is abstract until `core.param.bind` gives it arrays:
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -115,14 +116,21 @@ class Transformer(nnx.Module):
 
     def token_losses(self, hidden: Float[Array, "b s d"], targets: Int[Array, "b s"]) -> Float[Array, "b s"]:
         """Cross-entropy of each position, nats, fp32. Each device has its tokens and its part of the vocabulary."""
-        nats = functools.partial(cross_entropy.cross_entropy, chunk=self.config.loss_chunk, axis_name=constrain.mesh_axis("V"))
+        # The backward pass gathers the head again, like every parameter, instead of keeping it.
+        return jax.checkpoint(self._per_target(cross_entropy.cross_entropy, "B S"))(hidden, self.head[...], targets, self._allowed())
+
+    def verdicts(self, hidden: Float[Array, "b s d"], targets: Int[Array, "b s"]) -> Float[Array, "b s 2"]:
+        """Of each position: nats of its target, and whether no id is more likely; see `ops.cross_entropy.verdicts`. Not for training."""
+        return self._per_target(cross_entropy.verdicts, "B S _")(hidden, self.head[...], targets, self._allowed())
+
+    def _per_target(self, function: Callable[..., Array], outputs: str) -> Callable[..., Array]:
+        """One of the functions of `ops.cross_entropy` on the mesh."""
+        function = functools.partial(function, chunk=self.config.loss_chunk, axis_name=constrain.mesh_axis("V"))
 
         def local(hidden: Array, head: Array, targets: Array, allowed: Array | None) -> Array:
-            return nats(hidden, head, targets, allowed=allowed)
+            return function(hidden, head, targets, allowed=allowed)
 
-        run = constrain.shard_local(local, inputs=("B S _", constrain.Stored("D V"), "B S", "V"), outputs="B S")
-        # The backward pass gathers the head again, like every parameter, instead of keeping it.
-        return jax.checkpoint(run)(hidden, self.head[...], targets, self._allowed())
+        return constrain.shard_local(local, inputs=("B S _", constrain.Stored("D V"), "B S", "V"), outputs=outputs)
 
 
 def _of_layers(stats: dict[str, dict[str, Any]], field: str) -> dict[str, dict[str, Array]]:

@@ -8,6 +8,8 @@ logits of its ids; what it needs of the others' are three numbers per token: the
 target's logit, which one of them has. So 12 bytes a token are summed over the axis where gathered logits would be 4 V.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -41,30 +43,62 @@ def cross_entropy(
         chunk: positions at a time; results do not depend on it.
         axis_name: inside of `jax.shard_map`, the mesh axis that splits the vocabulary.
     """
-    length = targets.shape[1]
 
     def nats(hidden: Array, targets: Array) -> Array:
         return _nats(logits(hidden, head, allowed=allowed), targets, axis_name=axis_name)
 
+    return _by_chunks(nats, hidden, targets, chunk=chunk)
+
+
+def verdicts(
+    hidden: Float[Array, "b s d"],
+    head: Float[Array, "d v"],
+    targets: Int[Array, "b s"],
+    *,
+    allowed: Bool[Array, "v"] | None = None,
+    chunk: int = 2048,
+    axis_name: str | None = None,
+) -> Float[Array, "b s 2"]:
+    """Of each target its nats, and 1 if no id has a higher logit, else 0: what an evaluation by choice or by recall asks for. Arguments are
+    those of `cross_entropy`."""
+
+    def judge(hidden: Array, targets: Array) -> Array:
+        scores = logits(hidden, head, allowed=allowed)
+        top, chosen = scores.max(axis=-1), _chosen(scores, targets, axis_name=axis_name)
+        if axis_name is not None:
+            top, chosen = lax.pmax(top, axis_name), lax.psum(chosen, axis_name)
+        return jnp.stack([_nats(scores, targets, axis_name=axis_name), (chosen >= top).astype(jnp.float32)], axis=-1)
+
+    return _by_chunks(judge, hidden, targets, chunk=chunk)
+
+
+def _by_chunks(function: Callable[[Array, Array], Array], hidden: Array, targets: Array, *, chunk: int) -> Array:
+    """``function`` of hidden states and targets, for ``chunk`` positions of all rows at a time; the backward pass computes it again."""
+    length = targets.shape[1]
     if length <= chunk:
-        return jax.checkpoint(nats)(hidden, targets)
+        return jax.checkpoint(function)(hidden, targets)
     chunks = -(-length // chunk)
 
     def split(x: Array) -> Array:
         padded = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(padded.reshape(x.shape[0], chunks, chunk, *x.shape[2:]), 1, 0)
 
-    out = lax.map(lambda xs: jax.checkpoint(nats)(*xs), (split(hidden), split(targets)))
-    return jnp.moveaxis(out, 0, 1).reshape(targets.shape[0], chunks * chunk)[:, :length]
+    out = jnp.moveaxis(lax.map(lambda xs: jax.checkpoint(function)(*xs), (split(hidden), split(targets))), 0, 1)
+    return out.reshape(targets.shape[0], chunks * chunk, *out.shape[3:])[:, :length]
 
 
 def _nats(scores: Float[Array, "b s v"], targets: Int[Array, "b s"], *, axis_name: str | None) -> Float[Array, "b s"]:
-    ids = jnp.arange(scores.shape[-1], dtype=targets.dtype)
-    if axis_name is not None:
-        ids = ids + lax.axis_index(axis_name) * len(ids)
-    chosen = jnp.sum(jnp.where(ids[None, None] == targets[..., None], scores, 0), axis=-1)  # its gradient needs no scatter
+    chosen = _chosen(scores, targets, axis_name=axis_name)
     if axis_name is None:
         return jax.nn.logsumexp(scores, axis=-1) - chosen
     top = lax.pmax(lax.stop_gradient(scores.max(axis=-1)), axis_name)
     mass, chosen = lax.psum((jnp.exp(scores - top[..., None]).sum(axis=-1), chosen), axis_name)
     return jnp.log(mass) + top - chosen
+
+
+def _chosen(scores: Float[Array, "b s v"], targets: Int[Array, "b s"], *, axis_name: str | None) -> Float[Array, "b s"]:
+    """The targets' logits, of which each device adds up its own."""
+    ids = jnp.arange(scores.shape[-1], dtype=targets.dtype)
+    if axis_name is not None:
+        ids = ids + lax.axis_index(axis_name) * len(ids)
+    return jnp.sum(jnp.where(ids[None, None] == targets[..., None], scores, 0), axis=-1)  # its gradient needs no scatter

@@ -5,6 +5,7 @@ from typing import Literal
 import pydantic
 
 from v4train.config import base
+from v4train.train.evals import config as evals_config
 from v4train.data import phases as phases_lib
 from v4train.model import config as model_config
 from v4train.train import stages as stages_lib
@@ -67,6 +68,8 @@ class TrainConfig(base.Config):
     """Steps between evaluations on held-out rows; always also before the first and after the last step."""
     eval_batches: int = pydantic.Field(default=1, gt=0)
     """Held-out batches per source and evaluation."""
+    evals: tuple[evals_config.Evaluation, ...] = ()
+    """What else to ask the model on the way. Held-out loss, in nats and in bits a byte, is always measured if data.holdout is above 0."""
     log_every: int = pydantic.Field(default=10, gt=0)
     """Steps between plain lines on a stream that is no terminal."""
     experts_every: int = pydantic.Field(default=20, gt=0)
