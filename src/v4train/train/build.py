@@ -33,6 +33,7 @@ from v4train.train import loss as loss_lib
 from v4train.train import stages as stages_lib
 from v4train.train import state as state_lib
 from v4train.train import step as step_lib
+from v4train.train.evals import heldout
 
 
 class Variant(NamedTuple):
@@ -151,15 +152,15 @@ class Program:
     """
 
     steps: dict[Variant, Callable[[state_lib.State, batch_lib.Batch], tuple[state_lib.State, step_lib.Report]]]
-    evaluations: dict[stages_lib.Stage, Callable[[state_lib.State, batch_lib.Batch], tuple[jax.Array, jax.Array]]]
+    evaluations: dict[stages_lib.Stage, Callable[[state_lib.State, batch_lib.Batch], heldout.Sums]]
     compile_seconds: float
 
     def step(self, state: state_lib.State, batch: batch_lib.Batch, *, variant: Variant) -> tuple[state_lib.State, step_lib.Report]:
         """One training step on a global batch, by a variant that was compiled."""
         return self.steps[variant](state, batch)
 
-    def evaluate(self, state: state_lib.State, batch: batch_lib.Batch, *, stage: stages_lib.Stage) -> tuple[jax.Array, jax.Array]:
-        """Nats and targets of held-out rows by source, as the model of a stage that was compiled predicts them."""
+    def evaluate(self, state: state_lib.State, batch: batch_lib.Batch, *, stage: stages_lib.Stage) -> heldout.Sums:
+        """Nats, targets and bytes of held-out rows, as the model of a stage that was compiled predicts them."""
         return self.evaluations[stage.evaluated](state, batch)
 
 
@@ -261,10 +262,10 @@ def lower_step(p: Abstract, variant: Variant) -> jax.stages.Lowered:
     return trace_step(p, variant).lower()
 
 
-def lower_evaluation(p: Abstract, stage: stages_lib.Stage) -> jax.stages.Lowered:
+def lower_evaluation(p: Parts, stage: stages_lib.Stage) -> jax.stages.Lowered:
     """The evaluation of a stage on batches of the first phase's shape, ready to be compiled."""
     model = transformer.Transformer(stage.evaluated.model(p.recipe.model))
-    evaluate = step_lib.Evaluate(model, p.declarations, p.recipe.numerics, p.sources)
+    evaluate = heldout.Evaluate(model, p.declarations, p.recipe.numerics, p.sources, p.data.tokenizer.byte_counts())
     replicated = NamedSharding(p.mesh, jax.sharding.PartitionSpec())
     with constrain.on_mesh(p.mesh):
         return jax.jit(evaluate, out_shardings=replicated).lower(p.state, p.batch)

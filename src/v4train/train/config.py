@@ -5,10 +5,10 @@ from typing import Literal
 import pydantic
 
 from v4train.config import base
-from v4train.train.evals import config as evals_config
 from v4train.data import phases as phases_lib
 from v4train.model import config as model_config
 from v4train.train import stages as stages_lib
+from v4train.train.evals import config as evals_config
 
 
 class ClusterConfig(base.Config):

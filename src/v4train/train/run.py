@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",
+    "train.evals",
     "train.experts_every",
     "train.run_directory",
     "train.grace_seconds",
@@ -137,6 +138,7 @@ def _train(
     earlier = record.read(directory / METRICS)
     with _sinks(directory, recipe=recipe, start=start) if processes.first else _silence() as (sink, show):
         show.say(_headline(parts))
+        asked = evaluation.prepare(parts)  # before anything is compiled: its files may be wrong
         program = build.compile_program(parts, first_step=min(start, recipe.train.steps - 1))
         state = _state(parts, directory, found, show)
         seconds_before = summary_lib.seconds_at(earlier, start)
@@ -147,7 +149,7 @@ def _train(
         own = quarantine.path(directory, host=jax.process_index())
         bad = quarantine.BadRecords(parts.data.quarantine, path=own, sources=parts.data.sources, config=recipe.data)
         # Saved first: an evaluation must not use up the time that a stopped run has left.
-        evaluates = evaluation.Evaluation(parts, program, sink, done=measured.pause)
+        evaluates = evaluation.Evaluation(parts, program, sink, asked=asked, done=measured.pause)
         compiles = phases.Changes(parts, program, say=show.say, done=measured.pause)
         hooks = [saves, evaluates, compiles, first, measured, phases.Amounts(parts, sink), bad]
         measured.pause()

@@ -106,22 +106,6 @@ class Step:
         return value, sums, grads
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Evaluate:
-    """``evaluate(params and buffers, batch) -> (nats, targets)`` per data source, summed; changes nothing."""
-
-    model: transformer.Transformer
-    declarations: dict
-    numerics: numerics_config.NumericsConfig
-    sources: int
-
-    def __call__(self, state: state_lib.State, batch: batch_lib.Batch) -> tuple[Array, Array]:
-        whole = tree.merge(state.params, state.buffers)
-        whole = policy.cast_for_compute(whole, declarations=self.declarations, config=self.numerics)
-        sums = loss_lib.terms(self.model, whole, batch, sources=self.sources)
-        return sums.text, sums.text_weight
-
-
 def _report(
     loss: Array,
     sums: loss_lib.Terms,

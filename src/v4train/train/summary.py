@@ -40,6 +40,7 @@ def heldout(records: list[record.Record]) -> dict[str, dict[str, float]]:
     """Held-out losses by source of the run's very first evaluation, by whichever process, and of the last."""
     evaluations = [r for r in records if r["kind"] == "eval"]
     losses = [{k.removeprefix("loss/"): v for k, v in r.items() if k.startswith("loss/")} for r in evaluations]
+    losses = [each for each in losses if each]  # a record may be of something else that was asked
     return {"heldout_first": losses[0], "heldout_last": losses[-1]} if losses else {"heldout_first": {}, "heldout_last": {}}
 
 

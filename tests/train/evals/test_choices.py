@@ -82,7 +82,7 @@ def test_fields_that_are_read(tmp_path, fields, context, continuations, answer):
         ({"prompt": "x", "choices": ["a"], "answer": 0}, r":2: choices is \[\"a\"\]; it must be"),
         ({"prompt": "x", "choices": ["a", " "], "answer": 0}, r":2: choices\[1\] is empty; a choice is a text that is not blank"),
         ({"prompt": "x", "choices": ["a", 3], "answer": 0}, r":2: choices\[1\] is 3; a choice is"),
-        ({"prompt": "x", "choices": {"text": ["a", "b"], "label": ["1"]}, "answer": 0}, r":2: choices has 2 texts, but \[\"1\"\] for labels"),
+        ({"prompt": "x", "choices": {"text": ["a", "b"], "label": "1"}, "answer": 0}, r":2: choices has 2 texts, but \"1\" for labels"),
         ({"prompt": "x", "choices": ["a", "b"]}, r":2: no answer \(found prompt, choices\); add one of answer"),
         ({"prompt": "x", "choices": ["a", "b"], "answer": 2}, r":2: answer is 2, which is none of the 2 choices; allowed: 0 to 1, A, B,"),
         ({"prompt": "x", "choices": ["a", "b"], "answer": -1}, r":2: answer is -1, which is none"),

@@ -38,7 +38,16 @@ class Progress:
         if r["kind"] == "eval":
             losses = "  ".join(f"{name.removeprefix('loss/')} {value:.3f}" for name, value in r.items() if name.startswith("loss/"))
             by = f" by {r['attention']} attention" if r.get("attention") else ""
-            self.say(f"step {r['step']:>6}  held-out loss{by}: {losses}")
+            if losses:
+                self.say(f"step {r['step']:>6}  held-out loss{by}: {losses}")
+            shares = {
+                name.removesuffix(end): r[name]
+                for end in ("/accuracy", "/right")
+                for name in r
+                if name.endswith(end) and name.count("/") == 1
+            }
+            if shares:
+                self.say(f"step {r['step']:>6}  right{by}: {'  '.join(f'{name} {share:.1%}' for name, share in shares.items())}")
         elif r["kind"] == "train":
             self._train(r)
 
