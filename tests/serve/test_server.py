@@ -16,10 +16,13 @@ import time
 import numpy as np
 import pytest
 
+from tests.decode import sequences
 from tests.serve import process
 from v4train.data import tokenizer as tokenizer_lib
 from v4train.data.prepare import config as prepare_config
 from v4train.data.prepare import decode as media_decode
+from v4train.decode import loading
+from v4train.decode import prompt as prompt_lib
 from v4train.interop import score
 
 openai = pytest.importorskip("openai")
@@ -179,6 +182,51 @@ def test_seeds_stop_texts_and_echo(client):
     plain = complete(client).choices[0].text
     assert complete(client, echo=True).choices[0].text == "Once upon" + plain
     assert "".join(chunk.choices[0].text for chunk in complete(client, echo=True, stream=True)) == "Once upon" + plain
+
+
+def test_a_prompts_own_likelihoods_are_those_of_the_training_forward_pass(client, checkpoint):
+    """As evaluations ask for them: echo, logprobs, one token."""
+    ids = np.concatenate([[BYTES.bos], BYTES.encode("Once upon a time, été" * 3), [BYTES.eos], BYTES.encode("x" * 200)]).astype(np.int32)[
+        :250
+    ]
+    loaded = loading.load(checkpoint)
+    logits, _ = sequences.teacher(loaded.model, loaded.params, prompt_lib.Prompt.of_tokens(ids))
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    expected = (shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))[np.arange(len(ids) - 1), ids[1:]]
+    found = complete(client, prompt=ids.tolist(), echo=True, logprobs=2, max_tokens=1, extra_body={}).choices[0]
+    said = found.logprobs
+    lengths = {len(each) for each in (said.tokens, said.token_logprobs, said.top_logprobs, said.text_offset)}
+    assert lengths == {len(ids) + 1}, "one token after the prompt, also if it ends the sequence"
+    assert (said.token_logprobs[0], said.top_logprobs[0]) == (None, None)
+    np.testing.assert_allclose(said.token_logprobs[1:-1], expected, atol=2e-4)
+    rows = list(zip(said.tokens, said.token_logprobs, said.top_logprobs, strict=True))[1:]
+    assert {len(top) for *_, top in rows} == {2}
+    assert all(top.get(token, logprob) == logprob <= max(top.values()) for token, logprob, top in rows)
+    greedy = [max(top, key=top.get) == token for token, _, top in rows]
+    assert greedy[-1], "the answer's token is the likeliest"
+    text = BYTES.decode(ids)
+    assert found.text.startswith(text)
+    assert said.text_offset == sorted(said.text_offset)
+    at = text.index("upon")
+    assert said.tokens[said.text_offset.index(at)] == "u"
+    streamed = list(complete(client, prompt=ids.tolist(), echo=True, logprobs=2, max_tokens=1, stream=True, extra_body={}))
+    assert [x for chunk in streamed for x in chunk.choices[0].logprobs.token_logprobs] == said.token_logprobs
+    again = complete(client, prompt=ids.tolist(), echo=True, logprobs=2, max_tokens=1, extra_body={})
+    assert again.choices[0].logprobs.token_logprobs == said.token_logprobs
+    assert again.usage.prompt_tokens_details.cached_tokens == 0, "what is taken up has no logits"
+
+
+def test_a_texts_likelihoods_begin_with_its_first_token(client):
+    """The token that the server puts in front is not the text's."""
+    said = complete(client, prompt="Once upon", echo=True, logprobs=0, max_tokens=3).choices[0].logprobs
+    assert "".join(said.tokens[:9]) == "Once upon"
+    assert said.text_offset[:10] == list(range(10))
+    assert None not in said.token_logprobs
+    assert said.top_logprobs is None
+    plain = complete(client, prompt="Once upon", logprobs=0, max_tokens=3).choices[0].logprobs
+    np.testing.assert_allclose(said.token_logprobs[9:], plain.token_logprobs, atol=1e-5)
+    both = complete(client, prompt=["Once upon", "A"], echo=True, logprobs=0, max_tokens=1).choices
+    assert [len(each.logprobs.tokens) for each in both] == [10, 2]
 
 
 def test_defaults_are_openais(client):

@@ -35,6 +35,7 @@ class Request:
         stop: texts that end the answer and are no part of it.
         top_logprobs: alternatives to be reported with each token.
         ignore_end: goes on after the end-of-sequence token, for measurements.
+        score_prompt: report the likelihoods of the prompt's own tokens, see `Stream.prompt_scores`.
     """
 
     prompt: prompt_lib.Prompt
@@ -46,6 +47,20 @@ class Request:
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
     ignore_end: bool = False
+    score_prompt: bool = False
+
+
+class Scored(NamedTuple):
+    """A token of a prompt.
+
+    Attributes:
+        logprob: nats, given all before it; None for the prompt's first.
+        top: the most likely tokens at its place and their log-probabilities, as many as were asked for.
+    """
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Event(NamedTuple):
@@ -79,6 +94,7 @@ class Stream:
         self.submitted, self.first_token = time.monotonic(), None  # seconds of the monotonic clock
         self.cancelled = False
         self.cached_tokens = 0  # of the prompt, that were not computed
+        self.prompt_scores: list[Scored] = []  # complete before the first event, if they were asked for
         self.drafted, self.accepted = 0, 0  # guesses of tokens, and those that were right
         self._items: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
         self._give, self._over = listener or self._items.put, False

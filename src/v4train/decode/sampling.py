@@ -64,6 +64,12 @@ def sample(logits: Float[Array, "b v"], *, knobs: Knobs, positions: Int[Array, "
     return Chosen(tokens, chosen - jax.nn.logsumexp(logits, axis=-1))
 
 
+def score(logits: Float[Array, "b v"], *, tokens: Int[Array, "b"]) -> Float[Array, "b"]:
+    """Log-probability of a given token in each row."""
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1, mode="promise_in_bounds")[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
 def best(logits: Float[Array, "b v"], *, count: int) -> Chosen:
     """The ``count`` most likely tokens of each row, ``[b, count]``, in order."""
     highest, tokens = jax.lax.top_k(logits, count)

@@ -33,11 +33,11 @@ import numpy as np
 from v4train.data import tokenizer as tokenizer_lib
 from v4train.decode import cache as cache_lib
 from v4train.decode import decoder as decoder_lib
+from v4train.decode import likelihood, sampling, speculate, text
 from v4train.decode import pages as pages_lib
 from v4train.decode import prefix as prefix_lib
 from v4train.decode import prompt as prompt_lib
 from v4train.decode import request as request_lib
-from v4train.decode import sampling, speculate, text
 
 _log = logging.getLogger(__name__)
 _sample = jax.jit(sampling.sample)
@@ -273,7 +273,7 @@ class Scheduler:
 
     def _take_up(self, sequence: _Sequence) -> None:
         """Begins a prompt with what earlier ones had in common with it."""
-        if self._prefixes is None or sequence.read:
+        if self._prefixes is None or sequence.read or sequence.stream.request.score_prompt:
             return
         self._cache, sequence.read = self._prefixes.reuse(self._cache, sequence.prompt, slot=sequence.slot, tokens=sequence.most)
         sequence.stream.cached_tokens = sequence.read
@@ -300,24 +300,33 @@ class Scheduler:
         began, prompt = time.monotonic(), sequence.prompt
         self._take_up(sequence)
         count = min(self.decoder.config.prefill_chunk, len(prompt) - sequence.read)
-        decoded = self.decoder.prefill(self._cache, prompt=prompt, start=sequence.read, slot=sequence.slot, count=count)
+        every = sequence.stream.request.score_prompt
+        decoded = self.decoder.prefill(self._cache, prompt=prompt, start=sequence.read, slot=sequence.slot, count=count, every=every)
         self._cache = decoded.cache
         self._begin_lost_again()
         if sequence.slot < 0:
             return
+        if every and sequence.again is None:
+            self._score(sequence, decoded.logits, count=count)
+        logits = decoded.logits[count - 1] if every else decoded.logits
         sequence.read += count
         self._counts["prompt_tokens"] += count
         if self._prefixes is not None:
             self._prefixes.remember(self._cache, prompt, slot=sequence.slot, read=sequence.read)
         if sequence.answering and sequence.again is None:
             knobs = sampling.Knobs(*(knob[sequence.slot : sequence.slot + 1] for knob in self._knobs))
-            chosen = self._choose([sequence], decoded.logits[None, None], knobs, rows=[0])
+            chosen = self._choose([sequence], logits[None, None], knobs, rows=[0])
             if self.decoder.config.speculate and sequence.slot >= 0:
                 streams = speculate.after_prefill(self.decoder, self._cache)
                 self._draft({sequence: chosen[0, :1].tolist()}, streams)
         else:
-            jax.block_until_ready(decoded.logits)
+            jax.block_until_ready(logits)
         self._seconds["prefill"] += time.monotonic() - began
+
+    def _score(self, sequence: _Sequence, logits: jax.Array, *, count: int) -> None:
+        stream, start = sequence.stream, sequence.read
+        del stream.prompt_scores[start + 1 if start else 0 :]  # of a chunk that is processed again
+        stream.prompt_scores += likelihood.of_chunk(logits, sequence.prompt, start=start, count=count, tops=stream.request.top_logprobs)
 
     def _step(self, sequences: list[_Sequence]) -> None:
         began = time.monotonic()

@@ -10,18 +10,20 @@ import numpy as np
 
 from v4train.data import tokenizer as tokenizer_lib
 from v4train.decode import request as request_lib
+from v4train.decode import text as text_lib
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Likely:
-    """A token, what it is spelled as, and its log-probability (nats); ``spelling`` is None where its bytes are not known."""
+    """A token, what it is spelled as, and its log-probability (nats; None for the first token of a prompt); ``spelling`` is None where its
+    bytes are not known."""
 
     token: int
     text: str
     spelling: bytes | None
-    logprob: float
+    logprob: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Speller:
     def __init__(self, tokenizer: tokenizer_lib.Tokenizer):
         self._tokenizer = tokenizer
 
-    def likely(self, token: int, logprob: float) -> Likely:
+    def likely(self, token: int, logprob: float | None) -> Likely:
         """A token with its spelling."""
         text = self._tokenizer.decode(np.array([token]))
         if _INCOMPLETE not in text:
@@ -66,9 +68,18 @@ class Speller:
         single = isinstance(self._tokenizer, tokenizer_lib.ByteTokenizer) and token < 256
         return Likely(token, text, bytes([token]) if single else None, logprob)
 
-    def scored(self, event: request_lib.Event, *, offset: int) -> Scored | None:
-        """The token of an event; None if there is none to report."""
-        if event.token is None or event.logprob is None or event.token == self._tokenizer.eos:
+    def prompt(self, scores: Sequence[request_lib.Scored]) -> list[Scored]:
+        """The tokens of a prompt, with the places of their text in it."""
+        found, offset, words = [], 0, text_lib.Detokenizer(self._tokenizer)
+        for one in scores:
+            top = tuple(self.likely(*each) for each in one.top)
+            found.append(Scored(self.likely(one.token, one.logprob), top, offset))
+            offset += len(words.push(one.token))
+        return found
+
+    def scored(self, event: request_lib.Event, *, offset: int, end: bool = False) -> Scored | None:
+        """The token of an event; None if there is none to report. The one that ends a sequence is reported if ``end``."""
+        if event.token is None or event.logprob is None or (event.token == self._tokenizer.eos and not end):
             return None
         return Scored(self.likely(event.token, event.logprob), tuple(self.likely(*each) for each in event.top), offset)
 
@@ -117,7 +128,7 @@ class CompletionShape(Shape):
             logprobs = {
                 "tokens": [_key(each.chosen) for each in scored],
                 "token_logprobs": [each.chosen.logprob for each in scored],
-                "top_logprobs": [{_key(one): one.logprob for one in each.top} for each in scored] if self._tops else None,
+                "top_logprobs": [_by_key(each) for each in scored] if self._tops else None,
                 "text_offset": [each.offset for each in scored],
             }
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish}
@@ -186,6 +197,11 @@ def usage(*, prompts: Sequence[request_lib.Stream], choices: Sequence[Choice], s
         "prompt_tokens_details": {"cached_tokens": sum(stream.cached_tokens for stream in prompts)},
         "completion_tokens_details": {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted},
     }
+
+
+def _by_key(one: Scored) -> dict[str, float | None] | None:
+    """The likely tokens at a place; None at the first of a prompt, where nothing is known."""
+    return None if one.chosen.logprob is None else {_key(each): each.logprob for each in one.top}
 
 
 def _key(likely: Likely) -> str:

@@ -24,6 +24,7 @@ from starlette import applications, exceptions, requests, responses, routing, ty
 
 from v4train.decode import engine as engine_lib
 from v4train.decode import loading
+from v4train.decode import request as request_lib
 from v4train.serve import answers, failure, jobs, metrics, protocol
 from v4train.serve import config as config_lib
 
@@ -194,13 +195,21 @@ class _Answer:
             self._clocks[index].see(event)
             scored = None
             if self._scores:
-                one = self._speller.scored(event, offset=len(choice.text))
-                scored = [] if one is None else [one]
+                scored = await self._scored(index, event)
                 choice.scored += scored
             choice.text += event.text
             choice.tokens += event.token is not None
             choice.finish = event.finish_reason
             yield choice, event.text, scored
+
+    async def _scored(self, index: int, event: request_lib.Event) -> list[answers.Scored]:
+        """What an event has to report: with the first one comes the prompt, if that is scored too. A long one is spelled on a thread."""
+        choice, stream = self._choices[index], self._group.streams[index]
+        whole, prompt = stream.request.score_prompt, []
+        if whole and choice.tokens == 0:
+            prompt = await asyncio.to_thread(self._speller.prompt, stream.prompt_scores[self._job.added[index] :])
+        one = self._speller.scored(event, offset=len(choice.text), end=whole)
+        return prompt if one is None else [*prompt, one]
 
     def _usage(self) -> dict[str, Any]:
         streams = self._group.streams

@@ -35,11 +35,13 @@ class Job:
         requests: of every answer, all answers of a prompt together.
         echoes: text in front of each.
         per_prompt: answers of a prompt.
+        added: tokens that were put in front of each prompt, and are not reported as its own.
     """
 
     requests: list[request_lib.Request]
     echoes: list[str]
     per_prompt: int
+    added: list[int] = dataclasses.field(default_factory=list)
 
 
 class Planner:
@@ -58,15 +60,21 @@ class Planner:
         """
         prompts = asked.prompts
         self._check_count(len(prompts) * asked.n)
-        requests, echoes = [], []
+        requests, echoes, added = [], [], []
         for each in prompts:
             prompt = self._loaded.prompt([each]) if isinstance(each, str) else self._of_ids(each)
             requests += self._requests(
-                asked, prompt, param="prompt", max_tokens=asked.max_tokens or _LEGACY_MAX_TOKENS, tops=asked.logprobs or 0
+                asked,
+                prompt,
+                param="prompt",
+                max_tokens=asked.max_tokens or _LEGACY_MAX_TOKENS,
+                tops=asked.logprobs or 0,
+                score_prompt=asked.echo and asked.logprobs is not None,
             )
             text = each if isinstance(each, str) else self._loaded.tokenizer.decode(np.array(each))
             echoes += [text if asked.echo else ""] * asked.n
-        return Job(requests, echoes, asked.n)
+            added += [int(isinstance(each, str))] * asked.n
+        return Job(requests, echoes, asked.n, added)
 
     def chat(self, asked: protocol.ChatRequest) -> Job:
         """Of ``/v1/chat/completions``; raises as `completion` does."""
@@ -106,6 +114,7 @@ class Planner:
         max_tokens: int | None,
         tops: int,
         stop: tuple[str, ...] = (),
+        score_prompt: bool = False,
     ) -> list[request_lib.Request]:
         """One for each of ``n``; the seed of the i-th is the seed given plus i."""
         have, room = len(prompt), self.limit - len(prompt)
@@ -126,6 +135,7 @@ class Planner:
                 stop=(*asked.stops, *stop),
                 top_logprobs=tops,
                 ignore_end=asked.ignore_eos,
+                score_prompt=score_prompt,
             )
             for i in range(asked.n)
         ]

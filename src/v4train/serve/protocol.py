@@ -111,9 +111,6 @@ class CompletionRequest(_Sampled):
     def _check(self):
         if self.best_of is not None and self.best_of != self.n:
             raise failure.invalid("best_of is not supported by this server: leave it out", param="best_of", code="unsupported_parameter")
-        if self.echo and self.logprobs is not None:
-            message = "echo together with logprobs is not supported by this server: it reports the likelihoods of answers, not of prompts"
-            raise failure.invalid(message, param="echo", code="unsupported_parameter")
         return self
 
 
