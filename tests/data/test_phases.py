@@ -213,3 +213,51 @@ def test_rows_that_cannot_be_divided(stores):
         make(stores, phases=({"from_step": 3, "batch_rows": 30},), hosts=(0, 4))
     with pytest.raises(ValueError, match=r"rows of 34 tokens cannot be divided into 4 slices"):
         make(stores, phases=({"from_step": 3, "sequence_length": 34},), context=(0, 4))
+
+
+def test_rows_climb_in_stairs_by_tokens(stores):
+    """4 stairs from 8 to 24 rows over 3,000 tokens: the closed form, and the arithmetic by hand. Rows of 32 tokens."""
+    ramp = {"from_tokens": 1024, "batch_rows": 24, "rows_stairs": 4, "rows_ramp_tokens": 3000}
+    p = make(stores, batch_rows=8, phases=(ramp, {"from_step": 20, "batch_rows": 8}))
+    # From token 1024 on 12 rows = 384 a step, until 1000 tokens are through (3 steps: 1152), then 16 rows = 512 until 2000 (2 steps:
+    # 2176), 20 rows = 640 until 3000 (2 steps: 3456), then 24.
+    assert [(phase.first_step, phase.shape.rows) for phase in p.phases.phases] == [(0, 8), (4, 12), (7, 16), (9, 20), (11, 24), (20, 8)]
+    assert [p.phases.places_before(step) - 1024 for step in (4, 7, 9, 11)] == [0, 1152, 2176, 3456]
+    steps = [next(step for step in range(99) if p.phases.places_before(step) >= tokens) for tokens in range(0, 12_000, 97)]
+    assert [p.phases.first_step_after(tokens) for tokens in range(0, 12_000, 97)] == steps
+    seen = 0
+    for step in range(22):
+        assert p.phases.places_before(step) == seen
+        seen += p.batch(step).tokens.size
+    down = make(stores, batch_rows=24, phases=({"from_step": 1, "batch_rows": 8, "rows_stairs": 2, "rows_ramp_tokens": 1},))
+    assert [(phase.first_step, phase.shape.rows) for phase in down.phases.phases] == [(0, 24), (1, 16), (2, 8)]
+
+
+def test_a_ramp_of_rows_changes_no_row_and_its_past_is_kept(stores):
+    """The stream of rows is the one without a ramp, cut otherwise; what comes after a stair does not change the history before."""
+    ramp = {"from_step": 2, "batch_rows": 24, "rows_stairs": 4, "rows_ramp_tokens": 3000}
+    with_ramp, without = make(stores, batch_rows=8, phases=(ramp,)), make(stores, batch_rows=8)
+    rows = [batch_lib.concatenate([p.batch(step) for step in range(n)]) for p, n in ((with_ramp, 6), (without, 9))]
+    assert [len(one.tokens) for one in rows] == [68, 72]
+    assert digest(rows[0]) == digest(batch_lib.rows(rows[1], 0, 68))
+    longer = make(stores, batch_rows=8, phases=(ramp | {"rows_ramp_tokens": 6000},))
+    assert with_ramp.history(5) == longer.history(5)
+    named = history.differences(with_ramp.history(7), longer.history(7))
+    assert named == ["steps 5 to 7: batch rows 16 in the checkpoint, 12 now"]
+
+
+@pytest.mark.parametrize(
+    "ramp, message",
+    [
+        ({"rows_stairs": 3, "batch_rows": 24}, "needs both rows_stairs, 2 or more, and rows_ramp_tokens"),
+        ({"rows_ramp_tokens": 300, "batch_rows": 24}, "needs both rows_stairs, 2 or more, and rows_ramp_tokens"),
+        ({"rows_stairs": 2, "rows_ramp_tokens": 300}, "needs batch_rows, where it ends"),
+        ({"rows_stairs": 2, "rows_ramp_tokens": 300, "batch_rows": 24, "ramp_steps": 2}, "not both: write two phases"),
+        ({"rows_stairs": 3, "rows_ramp_tokens": 3000, "batch_rows": 24}, r"phases\[0\]: 8 to 24 rows in 3 equal stairs .* is 5.33333 rows"),
+        ({"rows_stairs": 4, "rows_ramp_tokens": 300, "batch_rows": 8}, r"phases\[0\]: a ramp from 8 to 8 rows is none"),
+        ({"rows_stairs": 4, "rows_ramp_tokens": 6, "batch_rows": 24}, r"phases\[0\]: a stair of 2 tokens is shorter than a step of 512"),
+    ],
+)
+def test_ramps_of_rows_that_cannot_be(stores, ramp, message):
+    with pytest.raises(ValueError, match=message):
+        make(stores, batch_rows=8, phases=({"from_step": 3} | ramp,))

@@ -137,6 +137,12 @@ class PhaseConfig(base.Config):
     batch_rows: int | None = pydantic.Field(default=None, gt=0)
     """Rows of a step, instead of `train.batch_rows`. Longer rows usually come with fewer of them."""
 
+    rows_stairs: int = pydantic.Field(default=1, ge=1)
+    """Equal stairs from the old number of rows to `batch_rows`. Each is a shape of batch, whose step is compiled once. 1: at once."""
+
+    rows_ramp_tokens: int = pydantic.Field(default=0, ge=0)
+    """Tokens, padding included, from the first stair, which is climbed where the phase begins, to the last."""
+
     max_patches: int | None = pydantic.Field(default=None, ge=0)
     """Image patches that a row may hold."""
 
@@ -147,6 +153,16 @@ class PhaseConfig(base.Config):
     def _begins_once(self) -> "PhaseConfig":
         if (self.from_step is None) == (self.from_tokens is None):
             raise ValueError("a phase needs either from_step or from_tokens: give one of them")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _ramps_one_thing(self) -> "PhaseConfig":
+        if (self.rows_stairs > 1) != (self.rows_ramp_tokens > 0):
+            raise ValueError("a ramp of rows needs both rows_stairs, 2 or more, and rows_ramp_tokens: give both or none")
+        if self.rows_stairs > 1 and self.batch_rows is None:
+            raise ValueError("a ramp of rows needs batch_rows, where it ends: give it")
+        if self.rows_stairs > 1 and self.ramp_steps:
+            raise ValueError("a phase ramps its weights (ramp_steps) or its rows (rows_stairs), not both: write two phases")
         return self
 
 

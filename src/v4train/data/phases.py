@@ -1,7 +1,8 @@
 """The phases of a run: from which step on which weights and which shape of batch hold.
 
 A recipe says what changes (`config.PhaseConfig`); here it becomes a list of *phases*, on each of which everything is constant, with the
-steps, rows and tokens before each. A ramp is a phase for every 64th part of it, with the weights in its middle. All of it is integers and
+steps, rows and tokens before each. A ramp of weights is a phase for every 64th part of it, with the weights in its middle; a ramp of rows
+is a phase for every stair. All of it is integers and
 fractions, so everything about the data at step k is a closed form in k, and depends on nothing that the recipe says about later
 steps: a run may be resumed with another future.
 """
@@ -104,12 +105,14 @@ class Phases:
             changes = {"rows": change.batch_rows} | {name: getattr(change, name) for name in Shape._fields[1:]}
             shape = shape._replace(**{name: value for name, value in changes.items() if value is not None})
             before, after = found[-1].weights, _shares(weights, where=where)
+            found += _climb(found[-1], first, shape, after, change=change, where=where)
             pieces = min(change.ramp_steps, _RAMP_PIECES)
             for j in range(pieces):
                 way = fractions.Fraction(2 * j + 1, 2 * pieces)
                 ramp = tuple(a + (b - a) * way for a, b in zip(before, after, strict=True))
                 found.append(_next(found[-1], first + change.ramp_steps * j // pieces, shape, ramp))
-            found.append(_next(found[-1], first + change.ramp_steps, shape, after))
+            if change.ramp_steps or change.rows_stairs == 1:
+                found.append(_next(found[-1], first + change.ramp_steps, shape, after))
         return cls(tuple(found))
 
     def at(self, step: int) -> Phase:
@@ -133,6 +136,37 @@ class Phases:
     def mixture(self) -> mixture.Mixture:
         """The weights, by rows."""
         return mixture.Mixture.scheduled([(phase.first_row, phase.weights) for phase in self.phases])
+
+
+def _climb(
+    last: Phase, first: int, shape: Shape, weights: tuple[fractions.Fraction, ...], *, change: "config_lib.PhaseConfig", where: str
+) -> list[Phase]:
+    """The stairs of a ramp of rows, the last one included; none if there is no ramp.
+
+    Stair j of n has j/n of the way from the old rows to the new ones; it begins with the first step that has at least (j-1)/(n-1) of
+    the ramp's tokens between the beginning of the phase and itself.
+    """
+    stairs, before, found = change.rows_stairs, last.shape.rows, []
+    if stairs == 1:
+        return found
+    climbed = shape.rows - before
+    if not climbed:
+        raise ValueError(f"{where}: a ramp from {before} to {shape.rows} rows is none: remove rows_stairs and rows_ramp_tokens")
+    if climbed % stairs:
+        message = f"{where}: {before} to {shape.rows} rows in {stairs} equal stairs (rows_stairs) is {climbed / stairs:g} rows a stair"
+        raise ValueError(f"{message}: take a number that divides {abs(climbed)}")
+    for j in range(stairs):
+        step = first
+        if found:
+            through = -(-change.rows_ramp_tokens * j // (stairs - 1))
+            step = _first_step_after(found[0].first_place + through, of=found[-1])
+            if step <= found[-1].first_step:
+                each = f"{change.rows_ramp_tokens / (stairs - 1):,.0f} tokens"
+                message = f"{where}: a stair of {each} is shorter than a step of {found[-1].shape.places:,}"
+                raise ValueError(f"{message}: take fewer rows_stairs or more rows_ramp_tokens")
+        rows = before + climbed * (j + 1) // stairs
+        found.append(_next(found[-1] if found else last, step, shape._replace(rows=rows), weights))
+    return found
 
 
 def _first_step(change: "config_lib.PhaseConfig", *, after: Phase) -> int:
