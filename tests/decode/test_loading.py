@@ -15,6 +15,7 @@ from v4train.data import tokenizer as tokenizer_lib
 from v4train.data.prepare import compose, record
 from v4train.data.prepare import config as prepare_config
 from v4train.decode import loading
+from v4train.interop import score
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "mixed"
 
@@ -53,6 +54,17 @@ def test_a_run_a_step_and_an_export_are_the_same_model(run, exported, loaded):
         other = loading.load(path)
         assert other.tokenizer.fingerprint == loaded.tokenizer.fingerprint == tokenizer_lib.ByteTokenizer().fingerprint
         assert bits(other.params) == bits(loaded.params)
+
+
+def test_a_step_is_answered_with_the_attention_of_its_stage(made, tmp_path):
+    """The recipe says where the run began; what its last step was, the step says."""
+    past = [{"from_step": 0, "until_step": 3, "attention": "sparse", "mtp_weight": 0.3}]
+    past.append({"from_step": 3, "until_step": 7, "attention": "dense", "mtp_weight": 0.1})
+    steps.write(tmp_path / "run", made, steps.values(made.model), stages=past)
+    assert made.model.kind("csa").phase == "sparse"
+    model = loading.load(tmp_path / "run", mtp=True).model
+    assert (model.kind("csa").phase, model.mtp.loss_weight) == ("dense", 0.1)
+    assert score.load(tmp_path / "run").model.kind("csa").phase == "dense"
 
 
 def test_the_mtp_block_is_read_if_it_is_asked_for(run, exported, made):

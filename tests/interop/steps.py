@@ -29,9 +29,9 @@ def values(model, *, seed: int = 0) -> dict[str, np.ndarray]:
     return {name: draw(row) for name, row in importing.state_table(model).items()}
 
 
-def write(run: pathlib.Path, made: recipe_lib.Recipe, arrays: dict[str, np.ndarray]) -> pathlib.Path:
-    """A run directory with one step; returns the step's directory."""
-    metadata = {"recipe": dump.values(made), "data": "", "seed": made.seed}
+def write(run: pathlib.Path, made: recipe_lib.Recipe, arrays: dict[str, np.ndarray], **more) -> pathlib.Path:
+    """A run directory with one step, which says ``more`` of itself; returns the step's directory."""
+    metadata = {"recipe": dump.values(made), "data": "", "seed": made.seed, **more}
     with streaming.new_step(run / "checkpoints", step=STEP, table=importing.state_table(made.model), values=metadata) as writer:
         for name, array in arrays.items():
             writer.write(name, (), array)

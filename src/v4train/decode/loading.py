@@ -148,6 +148,7 @@ def load(path: str | pathlib.Path, *, mtp: bool | None = False) -> Loaded:
     where, saved = step_directory.path(steps, step=found.step), found.metadata["recipe"]
     try:
         model = _part(model_config.ModelConfig, saved["model"])
+        model = model.after(found.metadata.get("stages", ()))
         tokenizer_config = _part(data_config.TokenizerConfig, saved["data"]["tokenizer"])
         numerics = _part(numerics_config.NumericsConfig, saved["numerics"])
         decode = _part(config_lib.DecodingConfig, saved.get("decode", {}))

@@ -80,7 +80,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     except ValueError as e:
         raise ValueError(f"{e}, or a directory in the released layout (with config.json)") from None
     found = restore.describe(steps, step=step)
-    model = config_lib.ModelConfig.model_validate(found.metadata["recipe"]["model"])
+    model = config_lib.ModelConfig.model_validate(found.metadata["recipe"]["model"]).after(found.metadata.get("stages", ()))
     return read_step(_scored(model), found, where=step_directory.path(steps, step=found.step))
 
 

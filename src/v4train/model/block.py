@@ -36,6 +36,7 @@ class LayerStats(NamedTuple):
     late: Float[Array, ""]  # (token, expert) pairs that waited for a further round of the exchange
     dropped: Float[Array, ""]  # and those that were left out
     experts: Int[Array, "b s k"] | None = None  # where each token went, if that was asked for
+    recall: Float[Array, "3"] | None = None  # in the indexer's warm-up: its recall and the most it could be, over queries, and their number
 
 
 class Block(nnx.Module):
@@ -73,4 +74,5 @@ class Block(nnx.Module):
             late=mixed.late,
             dropped=mixed.dropped,
             experts=mixed.routing.experts if keep_experts else None,
+            recall=attended.recall,
         )

@@ -1,5 +1,6 @@
 """Config of the model. Sizes are counts of features, tokens or heads; names follow the V4 report."""
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -276,6 +277,17 @@ class ModelConfig(base.Config):
     def kind(self, name: str) -> WindowConfig | CompressedSparseConfig | HeavilyCompressedConfig:
         """The config of an attention kind."""
         return next((kind for kind in self.kinds if kind.kind == name), WindowConfig())
+
+    def at_stage(self, *, attention: str | None, mtp_weight: float | None) -> "ModelConfig":
+        """The same model with another phase of its CSA kind and another weight of its MTP, which change no parameter."""
+        sparse = CompressedSparseConfig
+        kinds = tuple(kind.model_copy(update={"phase": attention}) if isinstance(kind, sparse) else kind for kind in self.kinds)
+        mtp = None if self.mtp is None else self.mtp.model_copy(update={"loss_weight": mtp_weight})
+        return self.model_copy(update={"kinds": kinds, "mtp": mtp})
+
+    def after(self, stages: Sequence[Mapping[str, Any]]) -> "ModelConfig":
+        """The model as the last of the stages that a checkpoint has gone through has it; ``stages`` are its metadata's, oldest first."""
+        return self.at_stage(attention=stages[-1]["attention"], mtp_weight=stages[-1]["mtp_weight"]) if stages else self
 
     @property
     def compress_ratios(self) -> tuple[int, ...]:

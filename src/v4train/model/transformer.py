@@ -35,6 +35,9 @@ class Outputs(NamedTuple):
     loads: dict  # tokens per modality and expert: {"stack": {run: {place: [repeat, M, E]}}, "mtp": [M, E]}
     late: Float[Array, ""]  # (token, expert) pairs that waited for a further round of the exchange
     dropped: Float[Array, ""]  # and those that were left out
+    recall: Float[Array, "3"] | None = (
+        None  # in warm-up: the indexer's recall and the most it could be, over queries and layers; their number
+    )
     experts: dict | None = None  # where tokens went, if that was asked for: {"stack": {run: {place: [repeat, b, s, k]}}, "mtp": [b, s, k]}
 
 
@@ -81,6 +84,7 @@ class Transformer(nnx.Module):
             mtp_hidden, mtp_stats = _gathered(self.mtp)(streams, embedded, context, foreseen, keep_experts=keep_experts)
             layers.append(mtp_stats)
             loads["mtp"], experts["mtp"] = mtp_stats.load, mtp_stats.experts
+        recalls = [layer.recall.reshape(-1, 3).sum(axis=0) for layer in layers if layer.recall is not None]
         return Outputs(
             hidden=constrain.constrain(hidden, "B S D"),
             mtp_hidden=mtp_hidden,
@@ -89,6 +93,7 @@ class Transformer(nnx.Module):
             loads=loads,
             late=jnp.stack([layer.late.sum() for layer in layers]).sum(),
             dropped=jnp.stack([layer.dropped.sum() for layer in layers]).sum(),
+            recall=jnp.stack(recalls).sum(axis=0) if recalls else None,
             experts=experts if keep_experts else None,
         )
 

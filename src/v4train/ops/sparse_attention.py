@@ -25,7 +25,10 @@ bf16 products whose fp32 result is transposed.
 
 The indexer learns from a KL divergence alone (`Indexed.teach`): teacher is the attention itself, per head ``exp(logit) / (all mass incl.
 window and sink)``, summed over heads, then normalised over the entries in question; student is the softmax of the index scores over the
-same entries. No gradient flows through the teacher or through the selection.
+same entries. No gradient flows through the teacher or through the selection. How well it has learned shows in its *recall*
+(`Selection.recall_at`): the share of the teacher's probability that lies in the k entries that it scores highest. The most that any choice
+of k entries could have stands beside it: what is missing there is no fault of the indexer. Where all visible entries are attended the
+teacher is over all of them, so it can be said; once only the selected ones are, it cannot, for the rest is not computed.
 
 The key is also the value, shared by all heads. The sink is a learned logit per head that takes mass and gives nothing.
 """
@@ -72,17 +75,22 @@ class Selection:
     Attributes:
         top_k: entries a query attends; None attends all visible ones.
         teach: compute the indexer's loss.
+        recall_at: entries that the indexer would pick, to measure its recall while all are attended; None: do not.
     """
 
     top_k: int | None
     teach: bool
+    recall_at: int | None = None
 
 
 class Attended(NamedTuple):
-    """``out`` is ``[B, S, H, K]`` in the query's dtype; the loss is summed over the queries of a row, those that see no entry give 0."""
+    """``out`` is ``[B, S, H, K]`` in the query's dtype; the loss is summed over the queries of a row, those that see no entry give 0. The
+    recall, and the most that it could be, are summed over the queries that see more than ``recall_at`` entries, beside their number; None
+    if they were not asked for."""
 
     out: Float[Array, "b s h k"]
     indexer_loss: Float[Array, "b"]  # nats
+    recall: Float[Array, "b 3"] | None = None
 
 
 class _Chunk(NamedTuple):
@@ -158,11 +166,11 @@ def attend(
 
     if count == 1:
         only = body(sink, entries, index_key, jax.tree.map(lambda x: x[0], chunks))
-        return Attended(only.out[:, :length], only.indexer_loss)
+        return only._replace(out=only.out[:, :length])
     remembered = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(_PICKED))
     parts = jax.lax.map(lambda one: remembered(sink, entries, index_key, one), chunks)
     out = jnp.moveaxis(parts.out, 0, 1).reshape(batch, count * chunk, *query.shape[2:])[:, :length]
-    return Attended(out, parts.indexer_loss.sum(axis=0))
+    return Attended(out, *jax.tree.map(lambda x: x.sum(axis=0), parts[1:]))
 
 
 def _attend_chunk(
@@ -200,8 +208,13 @@ def _attend_chunk(
     share = far_mass / total[..., None]
     out = _mix(near_mass / total[..., None], chunk.keys, jnp.float32, "bchw,bwk->bchk")
     out = out + _mix(share, values, jnp.float32, f"bchn,{each}->bchk")
-    loss = none if found.scores is None else _indexer_loss(share, found.scores, seen, heads_axis)
-    return Attended(out.astype(query.dtype), loss)
+    if found.scores is None:
+        return Attended(out.astype(query.dtype), none)
+    teacher = _teacher(share, heads_axis)
+    recall = None
+    if selection is not None and selection.recall_at is not None:
+        recall = _recall(teacher, jax.lax.stop_gradient(found.scores), seen, top_k=selection.recall_at)
+    return Attended(out.astype(query.dtype), _indexer_loss(teacher, found.scores, seen), recall)
 
 
 class _Attended(NamedTuple):
@@ -287,12 +300,29 @@ def _blocks_with_visible(chunk: _Chunk, end: Array, segment: Array, size: int) -
     return start, -(-jnp.max(jnp.where(useful, place + 1, 0)) // size)
 
 
-def _indexer_loss(share: Array, scores: Array, seen: Array, heads_axis: str | None) -> Array:
-    """KL(teacher || student) summed over the queries of each row."""
+def _teacher(share: Array, heads_axis: str | None) -> Array:
+    """``[B, C, N]``: each entry's part of a query's probability, all heads together; sums to 1 over the entries that it sees."""
     teacher = jax.lax.stop_gradient(share.sum(axis=2))
     if heads_axis is not None:
         teacher = jax.lax.psum(teacher, heads_axis)
-    teacher = teacher / jnp.maximum(teacher.sum(axis=-1, keepdims=True), _TINY)
+    return teacher / jnp.maximum(teacher.sum(axis=-1, keepdims=True), _TINY)
+
+
+def _recall(teacher: Array, scores: Array, seen: Array, *, top_k: int) -> Array:
+    """``[B, 3]``: the teacher's part in the ``top_k`` visible entries of highest score, and in its own ``top_k`` largest, summed over the
+    queries that see more than so many, and the number of these."""
+    rows, _, entries = scores.shape
+    if entries <= top_k:
+        return jnp.zeros((rows, 3), jnp.float32)
+    picked = top_k_lib.top_k(jnp.where(seen, scores, _LOWEST), k=top_k, implementation=select.implementation("top_k"))
+    found = jnp.take_along_axis(teacher, picked, axis=-1, mode="promise_in_bounds").sum(axis=-1)
+    most = jax.lax.top_k(teacher, top_k)[0].sum(axis=-1)
+    counts = (seen.sum(axis=-1) > top_k).astype(jnp.float32)
+    return jnp.stack([(found * counts).sum(axis=1), (most * counts).sum(axis=1), counts.sum(axis=1)], axis=-1)
+
+
+def _indexer_loss(teacher: Array, scores: Array, seen: Array) -> Array:
+    """KL(teacher || student) summed over the queries of each row."""
     student = jax.nn.log_softmax(jnp.where(seen, scores, _LOWEST), axis=-1)
     entry_loss = jnp.where(seen, teacher * (jnp.log(jnp.maximum(teacher, _TINY)) - student), 0.0)
     return entry_loss.sum(axis=(1, 2))

@@ -36,6 +36,9 @@ class Terms(NamedTuple):
     loads: dict  # tokens per modality and expert of every layer
     late: Float[Array, ""]  # (token, expert) pairs that waited for a further round of the exchange
     dropped: Float[Array, ""]  # and those that were left out
+    recall: Float[Array, "3"] | None = (
+        None  # in warm-up: the indexer's recall and the most it could be, over queries and layers; their number
+    )
 
 
 def targets(batch: batch_lib.Batch, *, ahead: int) -> tuple[Array, Array]:
@@ -86,6 +89,7 @@ def terms(model: transformer.Transformer, params: dict, batch: batch_lib.Batch, 
         loads=out.loads,
         late=out.late,
         dropped=out.dropped,
+        recall=out.recall,
     )
 
 

@@ -39,15 +39,12 @@ class Stage(NamedTuple):
     @classmethod
     def of(cls, model: model_config.ModelConfig) -> "Stage":
         """What a model's config says, which holds until a stage changes it."""
-        phases = [kind.phase for kind in model.kinds if isinstance(kind, model_config.CompressedSparseConfig)]
+        phases: list[Attention] = [kind.phase for kind in model.kinds if isinstance(kind, model_config.CompressedSparseConfig)]
         return cls(phases[0] if phases else None, None if model.mtp is None else model.mtp.loss_weight)
 
     def model(self, config: model_config.ModelConfig) -> model_config.ModelConfig:
         """The model in this stage: the config with the phase of its CSA kind and the weight of its MTP replaced."""
-        sparse = model_config.CompressedSparseConfig
-        kinds = tuple(k.model_copy(update={"phase": self.attention}) if isinstance(k, sparse) else k for k in config.kinds)
-        mtp = None if config.mtp is None else config.mtp.model_copy(update={"loss_weight": self.mtp_weight})
-        return config.model_copy(update={"kinds": kinds, "mtp": mtp})
+        return config.at_stage(attention=self.attention, mtp_weight=self.mtp_weight)
 
     @property
     def evaluated(self) -> "Stage":

@@ -37,6 +37,7 @@ class Report(NamedTuple):
     dropped: Float[Array, ""]  # and those that were left out
     documents: Int[Array, "sources"]  # parts of documents in the batch, by data source
     bad: Int[Array, "sources"]  # those of them that could not be read and are padding
+    index_recall: Float[Array, "2"] | None = None  # in the indexer's warm-up, see `index_recall`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,4 +136,11 @@ def _report(
         dropped=sums.dropped,
         documents=by_source[0],
         bad=by_source[1],
+        index_recall=None if sums.recall is None else index_recall(sums.recall),
     )
+
+
+def index_recall(sums: Float[Array, "3"]) -> Float[Array, "2"]:
+    """The share of the attention to entries, all heads together, that falls on the `top_k` entries which the indexer would select, and the
+    most that any `top_k` could have: means over the CSA layers' queries that see more entries than that; nan where no query does."""
+    return jnp.where(sums[2] > 0, sums[:2] / sums[2], jnp.nan)

@@ -62,6 +62,6 @@ class CompressedSparseAttention(nnx.Module):
             entries = context.entries(self.compressor(x, blocks, freqs=freqs), ratio=self.kind.ratio)
             if self.kind.phase != "dense":
                 index = self.indexer(x, latent, context, blocks=blocks, freqs=freqs)
-                top_k = self.kind.top_k if self.kind.phase == "sparse" else None
-                selection = sparse_attention.Selection(top_k=top_k, teach=True)
+                sparse, k = self.kind.phase == "sparse", self.kind.top_k
+                selection = sparse_attention.Selection(top_k=k if sparse else None, teach=True, recall_at=None if sparse else k)
         return p.attend(x, latent, context.inputs, freqs=freqs, entries=entries, index=index, selection=selection)

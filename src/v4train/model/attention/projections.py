@@ -22,10 +22,12 @@ from v4train.sharding import constrain
 
 
 class AttentionOutput(NamedTuple):
-    """What an attention layer gives: its contribution to the streams, and the indexer's loss summed over tokens (0 without one)."""
+    """What an attention layer gives: its contribution to the streams, and the indexer's loss summed over tokens (0 without one). In the
+    indexer's warm-up also its recall, summed over queries, and their number."""
 
     out: Float[Array, "b s d"]
     indexer_loss: Float[Array, ""]
+    recall: Float[Array, "3"] | None = None
 
 
 def frequencies(config: config_lib.AttentionConfig, *, compressed: bool) -> np.ndarray:
@@ -48,7 +50,10 @@ def _on_mesh(
 ) -> sparse_attention.Attended:
     """`sparse_attention.attend`, each device for its rows, its part of them, and its heads."""
 
-    def local(query, keys, sink, segment_ids, values, end, segment, *index) -> tuple[Array, Array]:
+    selection = settings["selection"]
+    measured = index is not None and selection is not None and selection.recall_at is not None
+
+    def local(query, keys, sink, segment_ids, values, end, segment, *index) -> tuple[Array, ...]:
         attended = sparse_attention.attend(
             query,
             keys,
@@ -60,12 +65,14 @@ def _on_mesh(
             heads_axis=constrain.mesh_axis("H"),
             **settings,
         )
-        return attended.out, attended.indexer_loss[:, None]
+        recall = () if attended.recall is None else (attended.recall[:, None],)
+        return attended.out, attended.indexer_loss[:, None], *recall
 
     of_entries, of_index = ("B S _", "B _", "B _"), ("B S _ _", "B S _", "B S _")
-    run = constrain.shard_local(local, inputs=("B S H _", "B S _", "H", "B S", *of_entries, *of_index), outputs=("B S H _", "B S"))
-    out, losses = run(query, keys, sink, segment_ids, *(entries or (None,) * 3), *(index or (None,) * 3))
-    return sparse_attention.Attended(out, losses.sum(axis=1))
+    outputs = ("B S H _", "B S", *(["B S _"] if measured else []))
+    run = constrain.shard_local(local, inputs=("B S H _", "B S _", "H", "B S", *of_entries, *of_index), outputs=outputs)
+    out, *sums = run(query, keys, sink, segment_ids, *(entries or (None,) * 3), *(index or (None,) * 3))
+    return sparse_attention.Attended(out, *(x.sum(axis=1) for x in sums))
 
 
 class Projections(nnx.Module):
@@ -124,4 +131,5 @@ class Projections(nnx.Module):
         heads = rope.rotate(attended.out, positions, freqs=freqs, inverse=True).astype(dtype)
         grouped = heads.reshape(*heads.shape[:2], self.config.output_groups, -1)
         low = product.times(grouped, self.wo_a)
-        return AttentionOutput(product.times(low.reshape(*heads.shape[:2], -1), self.wo_b), attended.indexer_loss.sum())
+        recall = None if attended.recall is None else attended.recall.sum(axis=0)
+        return AttentionOutput(product.times(low.reshape(*heads.shape[:2], -1), self.wo_b), attended.indexer_loss.sum(), recall)

@@ -80,6 +80,8 @@ class Metrics:
                 **by_source,
                 "loss/mtp": float(report.mtp),
                 "loss/indexer": float(report.indexer),
+                "index_recall": None if report.index_recall is None else _finite(report.index_recall[0]),
+                "index_recall_possible": None if report.index_recall is None else _finite(report.index_recall[1]),
                 "loss/balance": float(report.balance),
                 "learning_rate": self._learning_rate(step - 1),
                 "grad_norm": float(report.grad_norm),
@@ -99,6 +101,10 @@ class Metrics:
     def pause(self) -> None:
         """What happened since the last step (an evaluation, a compilation) does not count as step time."""
         self._last = time.perf_counter()
+
+
+def _finite(value: jax.Array) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def relative_load(load: np.ndarray) -> dict[str, list[list[float]]]:
