@@ -76,8 +76,9 @@ def _heading(plan: estimate.Estimate, phase: estimate.Phase) -> str:
     rows, length = phase.shape.rows, phase.shape.sequence_length
     place = memory.place_of(plan.recipe, phase.shape)
     local = f"{place.rows} x {place.tokens:,}" if place.rows > 1 else f"{place.tokens:,}"
+    attention = f"{phase.attention} attention; " if len({one.attention for one in plan.phases}) > 1 else ""
     return (
-        f"{phase.steps:,} steps of {rows:,} rows x {length:,} = {_short(phase.shape.places)} tokens; "
+        f"{phase.steps:,} steps of {rows:,} rows x {length:,} = {_short(phase.shape.places)} tokens; {attention}"
         f"a device has {local} in each of {plan.recipe.train.microbatches} microbatches"
     )
 
@@ -116,7 +117,7 @@ def _memory(plan: estimate.Estimate, phase: estimate.Phase) -> rich.table.Table:
 
 
 def _flops(plan: estimate.Estimate, phase: estimate.Phase) -> rich.table.Table:
-    model, length = plan.recipe.model, phase.shape.sequence_length
+    model, length = phase.model, phase.shape.sequence_length
     once, thrice = flops.forward(model, length=length), flops.training(model, length=length)
     unit, letters = (1e9, "GFLOP") if thrice.total >= 10e9 else (1e6, "MFLOP")
     table = _table(f"{letters} a token, forward, at {length:,} tokens a row")

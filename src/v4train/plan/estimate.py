@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import math
+from typing import NamedTuple
 
 from v4train import recipe as recipe_lib
 from v4train.core import hardware, param
@@ -14,11 +16,33 @@ from v4train.plan import activations, comms, cost, machine, memory, timing, weig
 from v4train.sharding import mesh as mesh_lib
 
 
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """A shape of batch that a run has, and what a step on it takes.
+class Part(NamedTuple):
+    """What the steps of a part of a run have in common.
 
     Attributes:
+        shape: of the global batch.
+        model: in its stage.
+    """
+
+    shape: phases.Shape
+    model: model_config.ModelConfig
+
+    @property
+    def attention(self) -> str | None:
+        """Phase of the CSA layers; None without any."""
+        return getattr(self.model.kind("csa"), "phase", None)
+
+    def of(self, recipe: recipe_lib.Recipe) -> recipe_lib.Recipe:
+        """The recipe with the attention of this part; a recipe that differs in other things keeps them."""
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"kinds": self.model.kinds})})
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A shape of batch and a model that a run has, and what a step takes.
+
+    Attributes:
+        model: in its stage.
         shape: of the global batch.
         steps: of it in the run.
         memory: bytes on one device.
@@ -26,11 +50,17 @@ class Phase:
         timing: seconds.
     """
 
+    model: model_config.ModelConfig
     shape: phases.Shape
     steps: int
     memory: memory.Memory
     transfers: list[comms.Transfer]
     timing: timing.Timing
+
+    @property
+    def attention(self) -> str | None:
+        """Phase of the CSA layers; None without any."""
+        return Part(self.shape, self.model).attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,14 +143,26 @@ def check(recipe: recipe_lib.Recipe, *, on: machine.Machine) -> None:
         )
 
 
+def parts_of(recipe: recipe_lib.Recipe) -> dict[Part, int]:
+    """The shapes of batches that a run has, with the attention of its stages, and the steps of each. Weights of losses take nothing."""
+    data = recipe.data.schedule(batch_rows=recipe.train.batch_rows)
+    stages = recipe.train.course(model=recipe.model, phases=data)
+    edges = sorted({*(phase.first_step for phase in data.phases), *stages.first_steps, recipe.train.steps})
+    edges = [edge for edge in edges if edge <= recipe.train.steps]
+    found: dict[Part, int] = {}
+    for first, end in itertools.pairwise(edges):
+        stage = stages.at(first)._replace(mtp_weight=stages.at(0).mtp_weight)
+        part = Part(data.at(first).shape, stage.model(recipe.model))
+        found[part] = found.get(part, 0) + end - first
+    return found
+
+
 def shapes_of(recipe: recipe_lib.Recipe) -> dict[phases.Shape, int]:
     """The shapes of batches that a run has, and the steps of each."""
-    parts = recipe.data.schedule(batch_rows=recipe.train.batch_rows).phases
-    ends = [part.first_step for part in parts[1:]] + [recipe.train.steps]
     found: dict[phases.Shape, int] = {}
-    for part, end in zip(parts, ends, strict=True):
-        found[part.shape] = found.get(part.shape, 0) + max(0, min(end, recipe.train.steps) - part.first_step)
-    return {shape: steps for shape, steps in found.items() if steps}
+    for part, steps in parts_of(recipe).items():
+        found[part.shape] = found.get(part.shape, 0) + steps
+    return found
 
 
 def kept_by_kind(recipe: recipe_lib.Recipe, *, shape: phases.Shape) -> dict[str, activations.Kept]:
@@ -159,7 +201,7 @@ def of_phase(
     held = memory.of_step(recipe, placed, shape=shape, platform=platform, per_layer=per_layer)
     transfers = comms.of_step(recipe, placed, shape=shape, platform=platform)
     times = timing.of_step(recipe, placed, transfers, shape=shape, on=on, platform=platform, assumed=assumed)
-    return Phase(shape, steps, held, transfers, times)
+    return Phase(recipe.model, shape, steps, held, transfers, times)
 
 
 def estimate(
@@ -188,7 +230,8 @@ def estimate(
     if tokens is not None and not (tokens > 0 and math.isfinite(tokens)):
         raise ValueError(f"--tokens {tokens} must be more than 0")
     assumed = assumed or timing.Assumptions()
-    found = [of_phase(recipe, shape=shape, steps=steps, on=on, assumed=assumed) for shape, steps in shapes_of(recipe).items()]
+    parts = parts_of(recipe).items()
+    found = [of_phase(part.of(recipe), shape=part.shape, steps=steps, on=on, assumed=assumed) for part, steps in parts]
     own = sum(phase.steps * phase.shape.places for phase in found)
     seconds = sum(phase.steps * phase.timing.step for phase in found) * ((tokens or own) / own)
     declared = declarations_of(recipe)

@@ -39,9 +39,10 @@ def as_json(plan: estimate.Estimate, *, remedy: search.Change | None = None) -> 
 
 
 def _phase(plan: estimate.Estimate, phase: estimate.Phase) -> dict[str, Any]:
-    model, times = plan.recipe.model, phase.timing
+    model, times = phase.model, phase.timing
     return {
         "shape": phase.shape._asdict(),
+        "attention": phase.attention,
         "steps": phase.steps,
         "tokens_per_step": phase.shape.places,
         "bytes_total": round(phase.memory.total),

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from v4train import recipe as recipe_lib
-from v4train.data import phases
 from v4train.plan import activations, comms, estimate, machine, memory, timing, weights
 from v4train.sharding import mesh as mesh_lib
 
@@ -85,18 +84,19 @@ class _Scaled:
     def __init__(self, recipe: recipe_lib.Recipe, on: machine.Machine, assumed: timing.Assumptions):
         self.on, self.assumed = on, assumed
         self.platform = estimate.platform_of(on)
-        self.shapes = estimate.shapes_of(recipe)
-        self.main = max(self.shapes, key=lambda shape: self.shapes[shape] * shape.places)
+        self.parts = estimate.parts_of(recipe)
+        self.shapes = {part.shape for part in self.parts}
+        self.main = max(self.parts, key=lambda part: self.parts[part] * part.shape.places)
         self.recipe = recipe
-        self._known: dict[tuple[str, phases.Shape], tuple[int, dict[str, activations.Kept]]] = {}
+        self._known: dict[tuple[str, estimate.Part], tuple[int, dict[str, activations.Kept]]] = {}
         self._placed: dict[tuple[int, ...], list[weights.Weight]] = {}
 
-    def kept(self, recipe: recipe_lib.Recipe, shape: phases.Shape) -> dict[str, activations.Kept]:
+    def kept(self, recipe: recipe_lib.Recipe, part: estimate.Part) -> dict[str, activations.Kept]:
         """What a layer of each kind keeps."""
-        key = (recipe.model.remat, shape)
+        key, shape = (recipe.model.remat, part), part.shape
         if key not in self._known:
             base = changed(self.recipe, {"model.remat": recipe.model.remat}) or self.recipe
-            self._known[key] = memory.place_of(base, shape).count, estimate.kept_by_kind(base, shape=shape)
+            self._known[key] = memory.place_of(base, shape).count, estimate.kept_by_kind(part.of(base), shape=shape)
         tokens, kept = self._known[key]
         factor = memory.place_of(recipe, shape).count / tokens
         return {kind: activations.Kept(round(one.saved * factor), round(one.inside * factor)) for kind, one in kept.items()}
@@ -113,15 +113,15 @@ class _Scaled:
         """Bytes on a device in the phase that needs most."""
         placed = self.placed(recipe)
         return max(
-            memory.of_step(recipe, placed, shape=shape, platform=self.platform, per_layer=self.kept(recipe, shape)).total
-            for shape in self.shapes
+            memory.of_step(part.of(recipe), placed, shape=part.shape, platform=self.platform, per_layer=self.kept(recipe, part)).total
+            for part in self.parts
         )
 
     def phase(self, recipe: recipe_lib.Recipe, *, on: machine.Machine | None = None) -> estimate.Phase:
         """The phase with most tokens."""
-        steps, placed, kept = self.shapes[self.main], self.placed(recipe), self.kept(recipe, self.main)
+        part, steps, placed, kept = self.main, self.parts[self.main], self.placed(recipe), self.kept(recipe, self.main)
         return estimate.of_phase(
-            recipe, shape=self.main, steps=steps, on=on or self.on, assumed=self.assumed, per_layer=kept, placed=placed
+            part.of(recipe), shape=part.shape, steps=steps, on=on or self.on, assumed=self.assumed, per_layer=kept, placed=placed
         )
 
     def step(self, recipe: recipe_lib.Recipe, *, on: machine.Machine | None = None) -> float:
