@@ -11,7 +11,7 @@ import pathlib
 import time
 from typing import Any
 
-from v4train.cli import bench_context, bench_decode, bench_efficiency
+from v4train.cli import bench_context, bench_curriculum, bench_decode, bench_efficiency
 
 _STARTED = time.time()
 
@@ -48,6 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the stack trace of an error")
     _configure_data(choices)
     bench_context.configure(choices)
+    bench_curriculum.configure(choices)
     bench_decode.configure(choices)
     bench_efficiency.configure(choices)
     for one in (step, memory):
@@ -105,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.what == "context":
         return bench_context.run(args)
+    if args.what == "curriculum":
+        return bench_curriculum.run(args)
     if args.what == "decode":
         return bench_decode.run(args)
     if args.what == "efficiency":

@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "name",
     "mesh",
     "train.steps",
+    "train.microbatches",
     "train.stages",  # what of them must be as it was, their history says
     "train.log_every",
     "train.eval_every",
