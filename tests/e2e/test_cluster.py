@@ -4,6 +4,7 @@ told to stop, or fails. CPU collectives through gloo; 8 emulated devices in all,
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import stat
@@ -258,6 +259,32 @@ def test_an_exception_on_one_host_ends_all_with_its_cause_on_top(place, recipe, 
     assert lines[1] == "Traceback (most recent call last):"
     assert lines[-1] == "RuntimeError: the sky fell"
     assert [(out, text) for _, out, text in others] == [("", "")]
+
+
+def test_a_process_that_hangs_is_named_and_all_end(place, recipe, start, tmp_path):
+    """The other one waits for it in a collective, which would never end."""
+    run = tmp_path / "run"
+    hang = """
+import time
+from v4train.data import pipeline
+iterate = pipeline.Pipeline.iterate
+def hanging(self, start):
+    for i, batch in enumerate(iterate(self, start)):
+        if i == 3 and process == 1: time.sleep(1000)
+        yield batch
+pipeline.Pipeline.iterate = hanging
+"""
+    processes = each(place, start, 2, recipe(run, train={"stall_seconds": 20}), act=hang)
+    (code, out, err), other = [finish(process) for process in processes]
+    assert (code, other) == (1, (1, "", ""))
+    assert "step      2/6" in out
+    assert "step      4/6" not in out
+    names = [f"host {i} ({socket.gethostname()}, process id {process.pid})" for i, process in enumerate(processes)]
+    told, waiting, *stack = err.splitlines()
+    assert told.startswith(f"v4train: {names[1]} hangs, and all 2 hosts stop (train.stall_seconds: 20): in section 'data' of step 4 for 2")
+    assert re.fullmatch(re.escape(f"waiting for it: {names[0]} in section ") + r"'(step|save)' of step [34] for \d+ s", waiting)
+    assert "in hanging" in stack[-1]
+    assert checkpoints(run)[:1] == [2]
 
 
 def test_context_and_tensor_groups_may_span_processes(place, recipe, start, tmp_path):

@@ -30,7 +30,7 @@ def launch(data, tmp_path_factory):
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "V4TRAIN_DEBUG")}
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONUNBUFFERED": "1"}
 
-    def start(run: pathlib.Path, *overrides: str, slow_steps: float = 0.0) -> subprocess.Popen:
+    def start(run: pathlib.Path, *overrides: str, slow_steps: float = 0.0, act: str = "") -> subprocess.Popen:
         # 2 devices, so that restoring is onto a mesh; slow steps, so that a signal can hit between two of them.
         changes = {"mesh": {"expert": 2, "emulate_devices": 2}, "train": tiny.values(data, run)["train"] | {"steps": STEPS, "log_every": 1}}
         changes["checkpoint"] = {"every_steps": 3, "keep": {"kind": "latest", "count": 5}}
@@ -43,6 +43,7 @@ if {slow_steps}:
     from v4train.train import loop
     tell = loop._tell
     loop._tell = lambda *x: (tell(*x), time.sleep({slow_steps}))
+{act}
 from v4train.cli import main
 sys.exit(main.main(sys.argv[1:]))
 """
@@ -142,6 +143,25 @@ def test_kill_minus_nine_twice_loses_nothing(launch, whole, tmp_path):
     assert summary(run)["heldout_first"] == summary(whole[0])["heldout_first"]
     assert summary(run)["heldout_last"] == summary(whole[0])["heldout_last"]
     assert summary(run)["status"] == "finished"
+
+
+def test_a_hook_that_hangs_ends_the_run_with_its_name_and_the_same_command_goes_on(launch, whole, tmp_path):
+    hang = """
+from v4train.train.hooks import evaluation
+losses = evaluation.Evaluation.losses
+evaluation.Evaluation.losses = lambda self, state: time.sleep(1000) if self._evaluated == 3 else losses(self, state)
+"""
+    run = tmp_path / "run"
+    code, out, err = finish(launch(run, "train.stall_seconds=15", act=hang))
+    assert code == 1
+    told, *stack = err.splitlines()
+    assert told.startswith("v4train: the run hangs and is ended (train.stall_seconds: 15): in section 'evaluation' of step 3 for 1")
+    assert "evaluation.py" in "".join(stack)
+    assert checkpoints(run) == [3]
+    code, out, err = finish(launch(run))
+    assert (code, err) == (0, "")
+    assert "resumed from step 3 in" in out
+    assert_same_bits(arrays(run), whole[1])
 
 
 def test_sigterm_saves_and_a_second_process_is_refused_meanwhile(launch, whole, tmp_path):

@@ -22,6 +22,11 @@ def test_our_count_of_its_flops_is_the_one_that_its_measured_speed_implies():
     assert cost.Peer().training_flops(length=4096) == pytest.approx(implied, rel=0.01)
 
 
+def test_our_count_of_its_flops_is_its_authors():
+    """250 GFLOP a token (arXiv 2505.09343, table 2), in three digits."""
+    assert cost.Peer().training_flops(length=4096) == pytest.approx(250e9, rel=0.005)
+
+
 def test_the_published_bill_within_10_percent():
     stages = cost.v3_hours()
     pre_training = stages[0]

@@ -79,3 +79,18 @@ def test_rows_are_those_of_the_shorter_side():
     for w in (tall, wide):
         assert not (w.rows and w.columns)
         assert (w.rows or w.columns) in ((), ("fsdp",))
+
+
+def test_all_stacks_of_a_shape_are_in_memory_of_the_iteration_together():
+    """What `optim.stacking` joins: stored in different ways, of one shape, one call. Counted by hand for 2 x 4 devices."""
+    recipe = small.recipe(mesh={"fsdp": 2, "expert": 4})
+    found = weights.stacks(placed(recipe).values(), sizes=recipe.mesh.sizes)
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for stack in found:
+        assert stack.joined
+        by_shape.setdefault(stack.shape, []).append(stack.dealt)
+    most = weights.most_at_once(placed(recipe).values(), sizes=recipe.mesh.sizes)
+    assert max(len(parts) for parts in by_shape.values()) > 1, "else nothing is joined here"
+    assert most == max(sum(parts) for parts in by_shape.values())
+    experts = 4 * 3 * 8 // 8 * 64 * 128  # layers x matrices x experts, an eighth of them
+    assert most >= experts

@@ -113,6 +113,77 @@ def test_who_does_not_end_after_a_failure_is_killed(local):
     assert 14 < seconds < 40
 
 
+# Stands in for srun: says what it was given, and does $ACT.
+SRUN = """#!/bin/bash
+echo "srun $*"
+eval "$ACT"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Runs launch_slurm.sh as a batch script: exit code, output, and what scontrol was told. ``send``: a signal to the script alone."""
+    for name, text in {"python": INTERPRETER, "srun": SRUN, "scontrol": '#!/bin/sh\necho "$@" >> "$TMP/scontrol"\n'}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    def run(*words: str, act: str, send: int | None = None, **environment: str) -> tuple[int, str, str]:
+        place = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "V4TRAIN_PYTHON": str(tmp_path / "python"), "TMP": str(tmp_path)}
+        command = [str(PROJECT / "scripts" / "launch_slurm.sh"), *words]
+        environment = os.environ | place | {"ACT": act, "SLURM_JOB_ID": "4711"} | environment
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        begun = process.stdout.readline() if send is not None else ""
+        if send is not None:
+            process.send_signal(send)
+        out, _ = process.communicate(timeout=60)
+        told = tmp_path / "scontrol"
+        return process.returncode, begun + out, told.read_text() if told.exists() else ""
+
+    return run
+
+
+def test_slurms_tasks_get_options_that_the_user_may_overrule_and_the_jobs_cores(slurm):
+    act = 'echo "cores $SRUN_CPUS_PER_TASK"'
+    code, out, told = slurm("r.yaml", "--set", "train.stall_seconds=60", act=act, SLURM_CPUS_PER_TASK="16")
+    assert (code, told) == (0, "")
+    [srun, cores] = out.splitlines()
+    assert srun.index("stall_seconds=1800") < srun.index("stall_seconds=60")
+    assert "--config r.yaml" in srun
+    assert "--stopped-code 75" in srun
+    assert cores == "cores 16"
+
+
+@pytest.mark.parametrize("ends, requeued", [(75, True), (1, True), (137, True), (0, False), (2, False), (130, False)])
+def test_slurm_queues_again_what_another_attempt_may_finish(slurm, ends, requeued):
+    code, _, told = slurm("r.yaml", act=f"exit {ends}")
+    assert (code, told) == (ends, "requeue 4711\n" if requeued else "")
+
+
+def test_slurm_does_not_queue_again_for_ever(slurm):
+    assert slurm("r.yaml", act="exit 1", SLURM_RESTART_COUNT="20")[::2] == (1, "")
+    assert slurm("r.yaml", act="exit 1", SLURM_RESTART_COUNT="3", V4TRAIN_RESTARTS="3")[::2] == (1, "")
+
+
+def test_a_wrong_recipe_starts_no_task(slurm):
+    code, out, told = slurm("wrong.yaml", act="echo started")
+    assert (code, out, told) == (2, "wrong\n", "")
+
+
+def test_a_job_that_slurm_ends_is_waited_for_and_stays_ended(slurm):
+    """As after scancel: the shell gets SIGTERM, too, and the tasks save and end with the code that otherwise means: again."""
+    code, out, told = slurm("r.yaml", act="sleep 1; echo saved; exit 75", send=signal.SIGTERM)
+    assert (code, told) == (75, "")
+    assert "saved\nlaunch_slurm.sh: Slurm has ended the job" in out
+
+
+def test_the_time_to_save_fits_into_slurms_notice():
+    text = (PROJECT / "scripts" / "launch_slurm.sh").read_text()
+    notice, grace = re.search(r"--signal=TERM@(\d+)", text), re.search(r"train\.grace_seconds=(\d+)", text)
+    assert notice
+    assert grace
+    assert float(grace[1]) + 10 <= float(notice[1])
+
+
 @pytest.fixture(scope="module")
 def jobset():
     return yaml.safe_load((PROJECT / "scripts" / "launch_k8s.yaml").read_text())

@@ -1,33 +1,35 @@
 """The line between processes, with real processes that do nothing else: deaths, errors, signals. None of them imports JAX."""
 
 import dataclasses
+import re
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
 
-from v4train.train import lifeline
+from v4train.train import lifeline, meeting
 
 # Whatever the main threads do (sleep for a minute, as in a collective that hangs), the line has to end them.
 PROCESS = """
 import os, random, signal, sys, time
-from v4train.train import lifeline
+from v4train.train import lifeline, meeting
 
 me, count, port, act = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 peers = {i: lifeline.Peer(i, f"node{i}", 1000 + i) for i in range(count)}
 times = {"lost_seconds": 30}
 if me == 0:
-    with lifeline.listen(port, backlog=count) as door:
-        arrived = {a.peer.process: a.wire for a in lifeline.gather(door, count=count, deadline=time.monotonic() + 60, **times)}
+    with meeting.listen(port, backlog=count) as door:
+        arrived = {a.peer.process: a.wire for a in meeting.gather(door, count=count, deadline=time.monotonic() + 60, **times)}
     for wire in arrived.values():
         wire.send({"kind": "welcome"})
     line = lifeline.Hub(peers[0], arrived, peers=peers)
 else:
     hello = {"process": me, "host": f"node{me}", "pid": 1000 + me}
-    wire, _ = lifeline.knock(("127.0.0.1", port), hello=hello, seconds=60, **times)
+    wire, _ = meeting.knock(("127.0.0.1", port), hello=hello, seconds=60, **times)
     line = lifeline.Spoke(peers[me], {0: wire}, peers=peers)
 print("here", flush=True)
 exec(act)
@@ -162,7 +164,7 @@ def test_strangers_at_the_door_are_sent_away():
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
-    with lifeline.listen(port, backlog=4) as door:
+    with meeting.listen(port, backlog=4) as door:
         for content in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"process": "x"}\n', b""):
             stranger = socket.create_connection(("127.0.0.1", port))
             stranger.sendall(content)
@@ -170,7 +172,99 @@ def test_strangers_at_the_door_are_sent_away():
         friend = socket.create_connection(("127.0.0.1", port))
         friend.sendall(b'{"process": 1, "host": "n", ')
         friend.sendall(b'"pid": 7}\n')
-        arrived = list(lifeline.gather(door, count=2, deadline=time.monotonic() + 10, lost_seconds=30))
+        arrived = list(meeting.gather(door, count=2, deadline=time.monotonic() + 10, lost_seconds=30))
         friend.close()
         arrived[0].wire.close()
     assert [a.peer for a in arrived] == [lifeline.Peer(1, "n", 7)]
+
+
+def test_who_leaves_late_is_not_ended_by_those_who_have_left():
+    """The first process goes as soon as it has heard the farewell of the other, which is still about to leave."""
+    linger = "wire, send = line._wires[0], line._wires[0].send\nwire.send = lambda message: (send(message), time.sleep(1))\n"
+    assert Processes(2, f"if me == 1:\n  {linger.replace(chr(10), '; ')}\nline.close()").end() == [Ended(0, "")] * 2
+
+
+# Sections of half a second at most; main threads that hang, or go on, from section to section.
+TIMED = """
+from v4train.train import watchdog
+lifeline._ANSWER_SECONDS = 2.0
+dog = watchdog.Watchdog(1.0)
+def go(section, step, seconds, **timed):
+    dog.at(section, step, **timed)
+    time.sleep(seconds)
+line.watch(dog)
+with dog.watching(line.stalled):
+    go("data", 1, 0.1)
+    go("step", 1, 0.1)
+"""
+
+
+def hanging(text: str) -> Processes:
+    return Processes(3, TIMED + textwrap.indent(textwrap.dedent(text), "    ") + "\nline.close()")
+
+
+@pytest.mark.parametrize("who", [0, 2])
+def test_a_hang_is_told_with_host_section_and_step_and_not_blamed_on_those_who_wait(who):
+    """The others have waited for longer than the one that hangs, and call first."""
+    first, *others = hanging(f"""
+        if me == {who}:
+            time.sleep(0.5)
+            go("data", 2, 60)
+        go("data", 2, 0)
+        go("step", 2, 60)
+    """).end()
+    assert [first.code, *(o.code for o in others)] == [1] * 3
+    assert others == [Ended(1, "")] * 2
+    told, waiting, *stack = first.err.splitlines()
+    assert re.fullmatch(
+        rf"v4train: host {who} \(node{who}, process id 100{who}\) hangs, and all 3 hosts stop \(train\.stall_seconds: 1\): in section "
+        r"'data' of step 2 for [12] s\. The same command goes on from the newest finished checkpoint\.",
+        told,
+    )
+    assert waiting.count("in section 'step' of step 2 for") == 2
+    assert stack[-1].endswith("in go")
+
+
+def test_processes_that_all_wait_at_one_place_are_not_told_apart():
+    first, *others = hanging("go('evaluation', 4, 60)").end()
+    assert first.err.startswith(
+        "v4train: all 3 hosts hang, and are ended (train.stall_seconds: 1): in section 'evaluation' of step 4 for 1 s"
+    )
+    assert "a device or the network between them does not answer" in first.err
+    assert others == [Ended(1, "")] * 2
+
+
+@pytest.mark.parametrize("who", [0, 1, 2])
+def test_a_stopped_process_is_named_by_the_others(who):
+    processes = hanging("go('data', 2, 0)\ngo('step', 2, 60)")
+    processes.wait_for_all()
+    time.sleep(0.1)
+    processes.processes[who].send_signal(signal.SIGSTOP)
+    processes.processes[who == 0].wait(timeout=30)
+    processes.processes[who].send_signal(signal.SIGCONT)
+    ended = processes.end()
+    assert [e.code for e in ended] == [1] * 3
+    told = ended.pop(who == 0).err
+    assert told.startswith(
+        f"v4train: host {who} (node{who}, process id 100{who}) hangs, and all 3 hosts stop (train.stall_seconds: 1): no answer;"
+    )
+    assert "section 'step' of step 2" in told
+    if who != 0:  # which, awake again, finds the others gone and says so
+        assert [e.err for e in ended] == ["", ""]
+
+
+def test_who_is_slow_or_compiles_does_not_hang():
+    """One process spends longer than the limit in all, but not in one section; then it compiles for as long."""
+    ended = hanging("""
+        if me == 1:
+            for _ in range(3):
+                go("save", 1, 0.8)
+            go("compilation", 1, 2.5, timed=False)
+            go("step", 2, 0.6)
+        else:
+            for _ in range(4):
+                go("save", 1, 0, timed=_ < 3)
+            go("step", 2, 5.2)
+        go("step", 2, 0)
+    """).end()
+    assert ended == [Ended(0, "")] * 3

@@ -207,6 +207,20 @@ def test_another_recipe_is_refused_with_path_and_values(finished, data):
     assert "recipe.yaml, or train in another directory (train.run_directory)." in text
 
 
+def test_what_another_machine_needs_may_change(finished, data, capsys):
+    """Fewer devices: a smaller mesh, more microbatches on it, and other room for routed tokens."""
+    train(
+        data,
+        finished.directory,
+        "train.microbatches=2",
+        "model.moe.exchange.transport=padded",
+        "model.moe.exchange.capacity=2",
+        "model.moe.exchange.waves=2",
+        "train.stall_seconds=1000",
+    )
+    assert capsys.readouterr().out.startswith("nothing to do")
+
+
 def test_other_data_are_refused(finished, tmp_path):
     other = tiny.stores(tmp_path / "stores")
     tiny.synthetic.make_test_store(tmp_path / "more", documents=50, seed=9)

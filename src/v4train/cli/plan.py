@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     loaded = recipe_lib.resolve(args.recipe, overrides=args.overrides)
     if not args.chips and args.target.startswith("cpu"):
         return _compile(args, loaded.config, None)
-    on = machine.parse(args.chips or args.target)
+    on = machine.parse(args.chips) if args.chips else machine.parse(args.target, option="--target")
     if args.search:
         return _search(args, loaded.config, on)
     plan = estimate.estimate(loaded.config, on=on, price=args.price, tokens=args.tokens)

@@ -34,7 +34,8 @@ def show(plan: estimate.Estimate, *, remedy: search.Change | None) -> None:
 
 def show_candidates(found: list[search.Candidate], *, recipe: recipe_lib.Recipe, on: machine.Machine) -> None:
     """Prints ranked meshes."""
-    table = _table(f"Meshes for {on.label}, the fastest that fits first", "replica", "fsdp", "expert", "context", "tensor", "microbatches")
+    order = "the fastest that fits first" if found[0].fits else "none fits, the one that lacks least first"
+    table = _table(f"Meshes for {on.label}, {order}", "replica", "fsdp", "expert", "context", "tensor", "microbatches")
     for name in ("GB/device", "s/step", "MFU"):
         table.add_column(name, justify="right")
     table.add_column("")

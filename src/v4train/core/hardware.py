@@ -129,6 +129,9 @@ CHIPS: dict[str, Chip] = {
 """Words in `jax.Device.device_kind` -> peaks."""
 
 
+_TWO_CORES = ("TPU v2", "TPU v3", "TPU7", "TPU7x")
+
+
 def names() -> list[str]:
     """The chips as people call them: ``H200``, ``v5p``."""
     return [key.removeprefix("TPU ") for key in CHIPS]
@@ -147,6 +150,11 @@ def named(name: str) -> tuple[str, Chip]:
     close = difflib.get_close_matches(wanted, by_name, n=3, cutoff=0.5)
     near = f"; nearest: {', '.join(by_name[key].removeprefix('TPU ') for key in close)}" if close else ""
     raise ValueError(f"there is no chip {name!r} in core/hardware.py{near} (known: {', '.join(names())})")
+
+
+def devices_per_chip(key: str) -> int:
+    """How many JAX devices a chip of this row is."""
+    return 2 if key in _TWO_CORES else 1
 
 
 def chip(device_kind: str) -> Chip | None:

@@ -7,7 +7,8 @@ FLOPs a token are counted as everywhere here: forward and backward of what the m
 published: the shape, 14.8T tokens and 2.664M H800 hours of pre-training (180K an hour for each trillion), 0.119M for the two
 extensions of the context and 0.005M for post-training, 2.788M in all (arXiv 2412.19437, table 1); and, from measuring a step of the
 same training on the same 2,048 chips, 385 TFLOP/s a chip, an MFU of 38.94% with causal attention (arXiv 2505.09343, table 4). So the
-formula's one free number is not fitted to the bill that it is compared with: it is a published measurement of speed. What the comparison
+formula's one free number is not fitted to the bill that it is compared with: it is a published measurement of speed. Nor is the count of
+FLOPs: the same paper says 250 GFLOP a token (table 2), ours is 250.5. What the comparison
 tests is our count of FLOPs and the bookkeeping; it says nothing about how fast *our* program is.
 """
 

@@ -132,14 +132,15 @@ def check(recipe: recipe_lib.Recipe, *, on: machine.Machine) -> None:
     mesh = recipe.mesh
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.sizes.items() if size > 1) or "1 device"
     if mesh.devices != on.devices:
-        remedy = "name as many with --chips, let --search find a mesh"
-        if on.devices % mesh.devices == 0:
-            remedy += f", or copy it with --set mesh.replica={mesh.replica * on.devices // mesh.devices}"
-        raise ValueError(f"the recipe's mesh ({sizes}) is for {mesh.devices:,} devices, but --chips has {on.devices:,}; {remedy}")
+        copies = f"copy it with --set mesh.replica={mesh.replica * on.devices // mesh.devices}, " if on.devices % mesh.devices == 0 else ""
+        raise ValueError(
+            f"the recipe's mesh ({sizes}) is for {mesh.devices:,} devices, but {on.option} has {on.devices:,}; name as many with "
+            f"{on.option}, {copies}or let --search find a mesh"
+        )
     if mesh.replica % on.slices:
         raise ValueError(
-            f"--chips has {on.slices} slices and only mesh.replica goes across them, but mesh.replica {mesh.replica} is no multiple of it; "
-            f"set mesh.replica={on.slices} and divide another axis, or let --search find a mesh"
+            f"{on.option} has {on.slices} slices and only mesh.replica goes across them, but mesh.replica {mesh.replica} is no multiple of "
+            f"it; set mesh.replica={on.slices} and divide another axis, or let --search find a mesh"
         )
 
 

@@ -159,7 +159,7 @@ def _passing(
     layers = {name: size for name, size in groups.items() if name not in ("embedding", "head")}
     chunk = min(model.loss_chunk, place.tokens)
     muon = sum(w.stored for w in placed if w.declaration.group == "muon")
-    at_once = max((one.at_once for one in weights.stacks(placed, sizes=mesh.sizes)), default=0)
+    at_once = weights.most_at_once(placed, sizes=mesh.sizes)
     each = recipe.optimizer.muon.element_bytes if recipe.optimizer.muon else 0
     return {
         "layer": inside + 2 * streams + max(_chunk(recipe, kind, place) for kind in (*model.layer_kinds, "window")),

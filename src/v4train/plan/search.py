@@ -2,7 +2,8 @@
 
 Every way to write the number of devices as a product of the five axes is tried; what the recipe's own checks refuse is left out (a mesh
 whose shards do not divide the batch, more expert shards than experts). A mesh may have another number of microbatches: the fewest with
-which it fits, because each microbatch gathers all weights once more. Meshes that fit come first, the fastest step first.
+which it fits, because each microbatch gathers all weights once more. Meshes that fit come first, the fastest step first; then those that
+do not, the one that lacks least first.
 
 What a layer keeps is scaled with the tokens of a device instead of traced for every mesh.
 """
@@ -158,7 +159,7 @@ def ranked(recipe: recipe_lib.Recipe, *, on: machine.Machine, assumed: timing.As
         best = _with_microbatches(recipe, sizes, scaled=scaled)
         if best is not None:
             fits, one = best
-            found.append((not fits, scaled.step(one), one))
+            found.append((not fits, scaled.step(one) if fits else scaled.total(one), one))
     if not found:
         raise ValueError(
             f"no mesh of {on.devices:,} devices suits the recipe: its {recipe.train.batch_rows:,} rows, {recipe.model.moe.experts} experts "

@@ -102,6 +102,7 @@ class Stack:
         copies: those along which the same is stored; the devices on them share the work.
         dealt: elements that a device works on, whole matrices, padding included.
         at_once: of them, in memory of the iteration at a time.
+        joined: whether stacks of the same shape go through the iteration with it.
     """
 
     shape: tuple[int, int]
@@ -110,6 +111,7 @@ class Stack:
     copies: tuple[str, ...]
     dealt: int
     at_once: int
+    joined: bool
 
     @property
     def matrices(self) -> int:
@@ -131,8 +133,21 @@ def stacks(placed: Iterable[Weight], *, sizes: Mapping[str, int]) -> list[Stack]
         devices = size((*rows, *columns, *copies), sizes)
         dealt = math.ceil(number / devices) * devices // size(copies, sizes) * matrix
         least = devices // size(copies, sizes) * matrix
-        found.append(Stack(shape, rows, columns, copies, dealt, max(least, min(dealt, stacking.LARGEST_JOINED)) if alone else dealt))
+        at_once = max(least, min(dealt, stacking.LARGEST_JOINED)) if alone else dealt
+        found.append(Stack(shape, rows, columns, copies, dealt, at_once, not alone))
     return found
+
+
+def most_at_once(placed: Iterable[Weight], *, sizes: Mapping[str, int]) -> int:
+    """Elements that are in memory of the iteration together: of all joined stacks of a shape, or of one slice of a large parameter."""
+    joined: dict[tuple[int, int], int] = {}
+    most = 0
+    for stack in stacks(placed, sizes=sizes):
+        if stack.joined:
+            joined[stack.shape] = joined.get(stack.shape, 0) + stack.at_once
+        else:
+            most = max(most, stack.at_once)
+    return max(most, *joined.values(), 0)
 
 
 def _axes(parts: Iterable) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ stay inside a host (NVLink) or a torus neighbourhood as long as they fit, and on
 places in the torus: there JAX chooses.
 
 **Slices.** TPU slices are joined by the data centre's network, some 50 times slower than the links inside. Only ``replica`` may cross it:
-its one all-reduce of gradients a step can hide behind the backward pass, while an all-gather of ``fsdp`` runs in every layer. So the
+it sends a device's part of the gradients once a microbatch, while an all-gather of ``fsdp`` runs in every layer and pass. So the
 number of replicas must be a multiple of the number of slices. On GPUs and CPUs every host is its own "slice" in this sense; there the
 order alone keeps the inner axes together, and nothing is refused.
 

@@ -33,7 +33,7 @@ from v4train.checkpoint import hosts
 from v4train.config import dump
 from v4train.sharding import mesh as mesh_lib
 from v4train.train import config as config_lib
-from v4train.train import lifeline, resilience
+from v4train.train import lifeline, meeting, resilience, watchdog
 
 _SEEN_SECONDS = 10.0
 """For a file of one host to be seen by another: network file systems keep what they know for a few seconds."""
@@ -131,6 +131,19 @@ class Cluster:
             if stop.signal is not None:
                 self._line.ask_stop(stop.signal)
 
+    @contextlib.contextmanager
+    def watching(self, dog: watchdog.Watchdog) -> Iterator[None]:
+        """While this lasts, a hang in one process, or in several, ends all with a message that says where. Comes after `follow`."""
+        if self._line is not None:
+            self._line.watch(dog)
+        with dog.watching(self._end_alone(dog) if self._line is None else self._line.stalled):
+            yield
+
+    def _end_alone(self, dog: watchdog.Watchdog) -> Callable[[], None]:
+        assert self._stop is not None
+        end = self._stop.end
+        return lambda: end(watchdog.alone(dog.where(), seconds=dog.seconds or 0), watchdog.EXIT_CODE)
+
     def may_go(self, done: int) -> bool:
         """Whether to start another step when ``done`` are; the same answer in all processes."""
         if self._line is not None:
@@ -186,7 +199,7 @@ def join(recipe: recipe_lib.Recipe, *, describe: Describe = lambda _: None) -> I
     try:
         if recipe.mesh.emulate_devices is not None:
             mesh_lib.emulate(recipe.mesh.emulate_devices, processes=place.processes)
-        _start_jax(place, jax_address, recipe.cluster)
+        _start_jax(place, jax_address, recipe)
         yield Cluster(line)
         jax.distributed.shutdown()
     except BaseException as e:
@@ -195,7 +208,8 @@ def join(recipe: recipe_lib.Recipe, *, describe: Describe = lambda _: None) -> I
     line.close()
 
 
-def _start_jax(place: Place, address: str, config: config_lib.ClusterConfig) -> None:
+def _start_jax(place: Place, address: str, recipe: recipe_lib.Recipe) -> None:
+    config = recipe.cluster
     # JAX would take SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
@@ -205,7 +219,7 @@ def _start_jax(place: Place, address: str, config: config_lib.ClusterConfig) -> 
         local_device_ids=place.local_devices,
         cluster_detection_method="deactivate",
         initialization_timeout=int(config.start_seconds),
-        heartbeat_timeout_seconds=max(100, int(2 * config.lost_seconds)),  # the lifeline is to notice first
+        heartbeat_timeout_seconds=int(max(100, 2 * config.lost_seconds, 2 * (recipe.train.stall_seconds or 0))),  # we are to notice first
     )
 
 
@@ -222,7 +236,7 @@ def _meet(place: Place, recipe: recipe_lib.Recipe) -> tuple[lifeline.Line, str]:
     times = {"seconds": recipe.cluster.start_seconds, "lost_seconds": recipe.cluster.lost_seconds}
     if place.process == 0:
         return _receive(place, me, hello["facts"], **times)
-    wire, answer = lifeline.knock(place.address, hello=hello, **times)
+    wire, answer = meeting.knock(place.address, hello=hello, **times)
     if answer["kind"] != "welcome":
         wire.close()
         sys.exit(2)
@@ -231,11 +245,11 @@ def _meet(place: Place, recipe: recipe_lib.Recipe) -> tuple[lifeline.Line, str]:
 
 
 def _receive(place: Place, me: lifeline.Peer, mine: dict[str, Any], *, seconds: float, lost_seconds: float) -> tuple[lifeline.Line, str]:
-    arrivals: dict[int, lifeline.Arrival] = {}
+    arrivals: dict[int, meeting.Arrival] = {}
     problems: list[str] = []
-    with lifeline.listen(place.address[1], backlog=place.processes) as door:
+    with meeting.listen(place.address[1], backlog=place.processes) as door:
         deadline = time.monotonic() + seconds
-        for arrival in lifeline.gather(door, count=place.processes, deadline=deadline, lost_seconds=lost_seconds):
+        for arrival in meeting.gather(door, count=place.processes, deadline=deadline, lost_seconds=lost_seconds):
             known = me if arrival.peer.process == 0 else (found := arrivals.get(arrival.peer.process)) and found.peer
             if known:
                 problems.append(f"both {known} and {arrival.peer} say that they are process {known.process}; each needs its own --process")
@@ -288,7 +302,7 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def _differences(mine: dict[str, Any], arrivals: dict[int, lifeline.Arrival]) -> list[str]:
+def _differences(mine: dict[str, Any], arrivals: dict[int, meeting.Arrival]) -> list[str]:
     """What others have that differs, a line for each way to differ; many hosts that differ alike are one line."""
     found: dict[str, list[lifeline.Peer]] = {}
     for _, arrival in sorted(arrivals.items()):

@@ -13,6 +13,7 @@ of a run:
     hello, welcome | refused     who has come, with what recipe and code; see `cluster`
     failed                       what an exception says, sent before the process ends
     stop, stopping, started, limit       see below
+    stalled, heard, where, at    a process takes too long, and where all are; see `watchdog`
     end, bye                     why all end now; a normal end
 
 **The first cause on top.** Process 0 takes what comes first, waits a moment for what came at the same time, and prints it: a cause before
@@ -35,8 +36,10 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
+
+from v4train.train import watchdog
 
 Message = dict[str, Any]
 
@@ -44,6 +47,8 @@ _WINDOW_SECONDS = 0.5
 """After the first failure, for those that came at the same time."""
 _FAREWELL_SECONDS = 5.0
 """For the others to end before process 0 does, and for an answer of process 0 to one that failed."""
+_ANSWER_SECONDS = 30.0
+"""For a process to say where it is; its thread for that answers at once, unless nothing of the process runs."""
 _LONGEST_LINE = 2**24
 EXIT_CODE = 1
 """Of all processes when one is gone."""
@@ -136,7 +141,8 @@ class Line:
         self._gone: set[int] = set()
         self._ends = threading.Event()
         self._wake_read, self._wake_write = os.pipe()
-        self._asked = collections.deque[int]()
+        self._asked = collections.deque[int | None]()  # numbers of signals; None: this process takes too long
+        self._dog = watchdog.Watchdog(None)
         self._thread = threading.Thread(target=self._run, name="lifeline", daemon=True)
         self._thread.start()
 
@@ -156,6 +162,15 @@ class Line:
         """Asks all to stop because of a signal. Safe in a signal's handler: it takes no lock."""
         self._asked.append(number)
         os.write(self._wake_write, b"s")
+
+    def watch(self, dog: watchdog.Watchdog) -> None:
+        """From now on this process can say where it is."""
+        self._dog = dog
+
+    def stalled(self) -> None:
+        """Something in this process takes too long: looks which process hangs, if any, and then ends all."""
+        self._asked.append(None)
+        self._wake()
 
     def may_go(self, done: int) -> bool:
         """Whether to start another step when ``done`` are; if not, all processes stop after as many."""
@@ -189,7 +204,8 @@ class Line:
                     elif not self._read(key.data):
                         selector.unregister(key.fileobj)
                 while self._asked:
-                    self._stop_was_asked(self._asked.popleft())
+                    number = self._asked.popleft()
+                    self._stall_was_noticed() if number is None else self._stop_was_asked(number)
                 self._after_events()
 
     def _read(self, process: int) -> bool:
@@ -234,6 +250,9 @@ class Line:
     def _stop_was_asked(self, number: int) -> None:
         raise NotImplementedError
 
+    def _stall_was_noticed(self) -> None:
+        raise NotImplementedError
+
     def _take(self, process: int, message: Message) -> None:
         raise NotImplementedError
 
@@ -243,6 +262,9 @@ class Line:
 
 class Spoke(Line):
     """Of every process but the first."""
+
+    _expects_by: float | None = None
+    """When process 0 must have said something."""
 
     def fail(self, text: str, *, code: int, symptom: bool) -> NoReturn:
         self._wires[0].send({"kind": "failed", "text": text, "code": code, "symptom": symptom})
@@ -261,8 +283,29 @@ class Spoke(Line):
     def _stop_was_asked(self, number: int) -> None:
         self._wires[0].send({"kind": "stop", "signal": number})
 
+    def _stall_was_noticed(self) -> None:
+        self._wires[0].send({"kind": "stalled"})
+        self._expects_by = self._expects_by or time.monotonic() + _ANSWER_SECONDS
+
+    def _patience(self) -> float | None:
+        return _until(self._expects_by)
+
+    def _after_events(self) -> None:
+        if self._expects_by is not None and time.monotonic() >= self._expects_by and self._dog.seconds is not None:
+            found = {str(self._peers[0]): None, str(self.me): self._dog.where()}
+            if self._is_second():
+                _say(f"v4train: {watchdog.judge(found, seconds=self._dog.seconds, count=self.count)}")
+            os._exit(watchdog.EXIT_CODE)
+
+    def _is_second(self) -> bool:
+        """Whether this one speaks when the first cannot."""
+        return self.me.process == min(set(self._peers) - {0})
+
     def _take(self, process: int, message: Message) -> None:
-        if message["kind"] == "stopping":
+        self._expects_by = None
+        if message["kind"] == "where":
+            self._wires[0].send({"kind": "at", "where": dataclasses.asdict(self._dog.where())})
+        elif message["kind"] == "stopping":
             self._wires[0].send({"kind": "started", "steps": self._hold(message["signal"])})
         elif message["kind"] == "limit":
             self._set_limit(message["steps"])
@@ -270,7 +313,7 @@ class Spoke(Line):
             os._exit(message["code"])
 
     def _lost(self, process: int) -> None:
-        if self.me.process == min(set(self._peers) - {0}):
+        if self._is_second():
             _say(f"v4train: {lost(self._peers[0], count=self.count)}")
         os._exit(EXIT_CODE)
 
@@ -282,6 +325,8 @@ class Hub(Line):
         self._causes: list[Cause] = []
         self._decide_at: float | None = None
         self._answers: dict[int, int] = {}
+        self._places: dict[int, watchdog.Where] = {}
+        self._judge_at: float | None = None
         super().__init__(me, wires, peers=peers)
 
     def fail(self, text: str, *, code: int, symptom: bool) -> NoReturn:
@@ -309,14 +354,15 @@ class Hub(Line):
             self._decide_at = time.monotonic() + _WINDOW_SECONDS
 
     def _patience(self) -> float | None:
-        return None if self._decide_at is None else max(self._decide_at - time.monotonic(), 0)
+        return _until(self._decide_at, self._judge_at)
 
     def _after_events(self) -> None:
         if self._decide_at is not None and (time.monotonic() >= self._decide_at or len(self._causes) >= self.count):
-            self._end_all()
+            self._end_all(*judge(self._causes, count=self.count))
+        if self._judge_at is not None and time.monotonic() >= self._judge_at:
+            self._judge_places()
 
-    def _end_all(self) -> NoReturn:
-        text, code = judge(self._causes, count=self.count)
+    def _end_all(self, text: str, code: int) -> NoReturn:
         _say(f"v4train: {text}")
         for process in self._present():
             self._wires[process].send({"kind": "end", "code": code})
@@ -336,6 +382,20 @@ class Hub(Line):
         self._answers[0] = self._hold(number)
         self._count_answers()
 
+    def _stall_was_noticed(self) -> None:
+        if self._judge_at is None and self._dog.seconds is not None:
+            self._places, self._judge_at = {0: self._dog.where()}, time.monotonic() + _ANSWER_SECONDS
+            for process in self._present():
+                self._wires[process].send({"kind": "where"})
+
+    def _judge_places(self) -> None:
+        assert self._dog.seconds is not None
+        self._judge_at, present = None, sorted(self._present() | {0})
+        found = {str(self._peers[process]): self._places.get(process) for process in present}
+        text = watchdog.judge(found, seconds=self._dog.seconds, count=self.count)
+        if text is not None:
+            self._end_all(text, watchdog.EXIT_CODE)
+
     def _count_answers(self) -> None:
         if self._signal is not None and self._limit is None and self._answers.keys() >= self._present() | {0}:
             limit = max(self._answers.values())
@@ -351,6 +411,13 @@ class Hub(Line):
         elif message["kind"] == "started":
             self._answers[process] = message["steps"]
             self._count_answers()
+        elif message["kind"] == "stalled":
+            self._wires[process].send({"kind": "heard"})
+            self._stall_was_noticed()
+        elif message["kind"] == "at":
+            self._places[process] = watchdog.Where(**message["where"])
+            if self._judge_at is not None and self._places.keys() >= self._present():
+                self._judge_at = 0.0
         elif message["kind"] == "bye":
             self._bye.add(process)
             self._count_answers()
@@ -383,101 +450,12 @@ def judge(causes: list[Cause], *, count: int) -> tuple[str, int]:
     return f"{who} failed, and all {count} hosts stop:\n{first.text}{more and f'{chr(10)}then:{more}'}", first.code
 
 
+def _until(*times: float | None) -> float | None:
+    """Seconds until the first of these times, which may have passed; None if there is none."""
+    known = [time for time in times if time is not None]
+    return max(min(known) - time.monotonic(), 0) if known else None
+
+
 def _say(text: str) -> None:
     # Not through sys.stderr: the main thread may hold its lock for ever.
     os.write(2, f"{text.rstrip()}\n".encode())
-
-
-@dataclasses.dataclass(frozen=True)
-class Arrival:
-    """A process that has come, and what it said of itself."""
-
-    wire: Wire
-    peer: Peer
-    hello: Message
-
-
-def listen(port: int, *, backlog: int) -> socket.socket:
-    """The first process's door.
-
-    Raises:
-        ValueError: the port is taken.
-    """
-    try:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
-        return socket.create_server(("", port), backlog=backlog)
-    except OSError as e:
-        raise ValueError(
-            f"cluster.coordinator: port {port} of {socket.gethostname()} cannot be used ({os.strerror(e.errno or 0)}): another program has "
-            "it, perhaps an earlier run that has not ended. Choose another port (--coordinator HOST:PORT), the same for all processes"
-        ) from None
-
-
-def gather(door: socket.socket, *, count: int, deadline: float, lost_seconds: float) -> Iterator[Arrival]:
-    """Those who come, until all but the first have or it is `time.monotonic` ``deadline``. Strangers are sent away."""
-    pending: dict[int, Wire] = {}
-    arrived = 0
-    with selectors.DefaultSelector() as selector:
-        selector.register(door, selectors.EVENT_READ)
-        while arrived < count - 1 and (left := deadline - time.monotonic()) > 0:
-            for key, _ in selector.select(left):
-                if key.fileobj is door:
-                    connection, _ = door.accept()
-                    pending[connection.fileno()] = Wire(connection, lost_seconds=lost_seconds)
-                    selector.register(connection, selectors.EVENT_READ)
-                    continue
-                wire = pending[key.fd]
-                try:
-                    messages = wire.receive()
-                    if messages == []:
-                        continue  # half a line
-                    arrival = Arrival(wire, _introduced(messages[0]), messages[0]) if messages else None
-                except (ValueError, KeyError, TypeError):
-                    arrival = None
-                selector.unregister(wire.socket)
-                del pending[key.fd]
-                if arrival is not None:
-                    arrived += 1
-                    yield arrival
-                else:
-                    wire.close()
-    for wire in pending.values():
-        wire.close()
-
-
-def _introduced(hello: Message) -> Peer:
-    return Peer(int(hello["process"]), str(hello["host"]), int(hello["pid"]))
-
-
-def knock(address: tuple[str, int], *, hello: Message, seconds: float, lost_seconds: float) -> tuple[Wire, Message]:
-    """Comes to the first process, and waits for its answer. Tries again until the time is over: the first may start later.
-
-    Raises:
-        ValueError: nobody answers there.
-    """
-    deadline, reason = time.monotonic() + seconds, "no answer"
-    where = f"{address[0]}:{address[1]}"
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            wire = Wire(socket.create_connection(address, timeout=left), lost_seconds=lost_seconds)
-        except OSError as e:
-            reason = e.strerror or str(e) or type(e).__name__
-            time.sleep(min(0.2, max(left, 0)))
-            continue
-        wire.send(hello)
-        # The first process says by then who is missing.
-        wire.socket.settimeout(left + _FAREWELL_SECONDS)
-        with contextlib.suppress(ValueError):
-            while (messages := wire.receive()) is not None:
-                if messages:
-                    wire.socket.settimeout(None)
-                    wire.unread = messages[1:]
-                    return wire, messages[0]
-        wire.close()
-        reason = "the connection was closed without an answer"
-        time.sleep(min(0.2, max(left, 0)))
-    raise ValueError(
-        f"cluster.coordinator: process {hello['process']} on {hello['host']} did not reach process 0 at {where} within {seconds:g} s "
-        f"(cluster.start_seconds): {reason}. Is process 0 running on that machine, and does the network let this port through?"
-    )

@@ -36,10 +36,11 @@ def run(
     start: int,
     hooks: Sequence[Hook],
     stop: Callable[[int], bool],
+    at: Callable[[str, int], None] = lambda section, step: None,
 ) -> tuple[state_lib.State, int]:
     """Trains from ``start`` steps done to the end, or until ``stop``, asked with the steps done, says so; returns state and steps done.
 
-    Among several processes, ``stop`` must say the same in all of them.
+    Among several processes, ``stop`` must say the same in all of them. ``at`` is told what comes now: data, or the step.
     """
     done, last = start, parts.recipe.train.steps
     batches: Iterator[batch_lib.Batch] = parts.data.iterate(start)
@@ -47,12 +48,15 @@ def run(
     while done < last and not stop(done):
         for hook in hooks:
             hook.before(done, state)
+        at("data", done + 1)
         batch = parts.place(next(batches))
+        at("step", done + 1)
         state, new = program.step(state, batch, variant=parts.variant_at(done))
         if report is not None:
             _tell(hooks, done, report)
         report, done = new, done + 1
     if report is not None:
+        at("step", done)
         _tell(hooks, done, report)
     if done == last:
         for hook in hooks:

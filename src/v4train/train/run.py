@@ -22,7 +22,7 @@ from v4train.core import hardware
 from v4train.data import history
 from v4train.model import count, flops
 from v4train.optim import schedule
-from v4train.train import build, cluster, initial, loop, resilience
+from v4train.train import build, cluster, initial, loop, resilience, watchdog
 from v4train.train import stages as stages_lib
 from v4train.train import state as state_lib
 from v4train.train import summary as summary_lib
@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "train.steps",
     "train.microbatches",
     "train.stages",  # what of them must be as it was, their history says
+    "train.microbatches",
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",
@@ -44,6 +45,7 @@ MAY_CHANGE = (
     "train.experts_every",
     "train.run_directory",
     "train.grace_seconds",
+    "train.stall_seconds",
     "checkpoint",
     "cluster",
     "decode",
@@ -51,6 +53,9 @@ MAY_CHANGE = (
     "model.remat",
     "model.attention.chunk",
     "model.loss_chunk",
+    "model.moe.exchange.transport",
+    "model.moe.exchange.capacity",
+    "model.moe.exchange.waves",
 )
 
 
@@ -100,7 +105,10 @@ def run(loaded: load.Loaded[recipe_lib.Recipe], *, program_started: float, descr
             if processes.first:
                 _write_recipe(directory, loaded)
             processes.follow(stop, started=0 if found is None else found.step)
-            return _train(parts, directory, saver, found, metadata, stop=stop, processes=processes, program_started=program_started)
+            dog = watchdog.Watchdog(recipe.train.stall_seconds)
+            with processes.watching(dog):
+                told = {"stop": stop, "processes": processes, "dog": dog, "program_started": program_started}
+                return _train(parts, directory, saver, found, metadata, **told)
 
 
 def _locked(directory: pathlib.Path) -> run_lock.RunLock:
@@ -133,6 +141,7 @@ def _train(
     *,
     stop: resilience.Stop,
     processes: cluster.Cluster,
+    dog: watchdog.Watchdog,
     program_started: float,
 ) -> Outcome:
     recipe, start = parts.recipe, 0 if found is None else found.step
@@ -141,6 +150,7 @@ def _train(
         show.say(_headline(parts))
         asked = evaluation.prepare(parts)  # before anything is compiled: its files may be wrong
         program = build.compile_program(parts, first_step=min(start, recipe.train.steps - 1))
+        dog.at("restore", start)
         state = _state(parts, directory, found, show)
         seconds_before = summary_lib.seconds_at(earlier, start)
         measured = _metrics(parts, sink, show, seconds_before=seconds_before, skipped_before=int(state.skipped))
@@ -152,11 +162,14 @@ def _train(
         # Saved first: an evaluation must not use up the time that a stopped run has left.
         evaluates = evaluation.Evaluation(parts, program, sink, asked=asked, done=measured.pause)
         compiles = phases.Changes(parts, program, say=show.say, done=measured.pause)
-        hooks = [saves, evaluates, compiles, first, measured, phases.Amounts(parts, sink), bad]
+        timed = [dog.over("save", saves), dog.over("evaluation", evaluates), dog.over("compilation", compiles, timed=False)]
+        hooks = [*timed, first, measured, phases.Amounts(parts, sink), bad]
         measured.pause()
         ended = lambda done: bad.too_many is not None or not processes.may_go(done)  # noqa: E731
-        state, done = loop.run(parts, program, state, start=start, hooks=hooks, stop=ended)
+        state, done = loop.run(parts, program, state, start=start, hooks=hooks, stop=ended, at=dog.at)
+        dog.at("save", done)
         saves.last(done, state)
+        dog.at("end", done)
         bad.write()
         hosts.barrier("run/saved")
         measurements = {
