@@ -27,7 +27,10 @@ while [[ $# -gt 0 ]]; do
   fi
 done
 python=${V4TRAIN_PYTHON:-.venv/bin/python}
-[[ -x $python ]] || python=python
+if ! command -v "$python" >/dev/null; then
+  [[ -z ${V4TRAIN_PYTHON:-} ]] || { echo "launch_local.sh: V4TRAIN_PYTHON: there is no program $python" >&2; exit 2; }
+  python=python
+fi
 
 free_port() { "$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 

@@ -27,7 +27,10 @@ recipe=$1
 shift
 cd "${V4TRAIN_HOME:-${SLURM_SUBMIT_DIR:-.}}" || exit 2
 python=${V4TRAIN_PYTHON:-.venv/bin/python}
-[[ -x $python ]] || python=python
+if ! command -v "$python" >/dev/null; then
+  [[ -z ${V4TRAIN_PYTHON:-} ]] || { echo "launch_slurm.sh: V4TRAIN_PYTHON: there is no program $python" >&2; exit 2; }
+  python=python
+fi
 
 # A mistake in the recipe is told once, here, before any node starts a device.
 "$python" -m v4train.train --config "$recipe" "$@" --dry-run >/dev/null || exit

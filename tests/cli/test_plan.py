@@ -90,6 +90,9 @@ def test_meshes_are_ranked(capsys):
         (("--chips", "H200x512", "--tokens", "0"), "--tokens 0.0 must be"),
         (("--chips", "H200x512", "--search", "--top", "0"), "--top 0 must be"),
         (("--chips", "H200x512", "--compile"), "--compile needs --target"),
+        (("--chips", "H200x512", "--search", "--compile", "--target", "H200:64x8"), "--search ranks meshes .* use one of them"),
+        (("--chips", "H200x512", "--compile", "--target", "H100:64x8"), "are different machines"),
+        (("--chips", "H200x512", "--compile", "--target", "H200:32x8"), "are different machines"),
         (("--chips", "H200x512", "--set", "train.batch_rows=5"), "train.batch_rows 5 must be a multiple"),
     ],
 )

@@ -24,6 +24,8 @@ pytestmark = pytest.mark.slow  # each start of a process takes some 7 s of impor
 
 # One layer, so that it compiles soon; hash routing in the first, learned routing in the second.
 MODEL = {"kinds": [{"kind": "window"}], "layers": [{"pattern": ["window"], "repeat": 2}], "mtp": None}
+SPARSE = {"mtp": None}
+"""With the layers of `tiny`, one HCA and one CSA with its indexer."""
 
 # Stands in for the interpreter: before the trainer's process begins it does what $ACT says, where `process` is its number.
 INTERPRETER = """#!{python}
@@ -288,11 +290,12 @@ pipeline.Pipeline.iterate = hanging
 
 
 def test_context_and_tensor_groups_may_span_processes(place, recipe, start, tmp_path):
-    """Processes that share rows: each of two holds a half of every sequence."""
+    """Processes that share rows: each of two holds a half of every sequence. Here compressed entries, index keys and blocks that straddle a
+    border cross from one process to the other, so the layers are sparse ones."""
     losses = []
     for count in (1, 2):
         run = tmp_path / f"run{count}"
-        code, out, err = finish(local(start, count, recipe(run, mesh={"context": 4, "tensor": 2, "emulate_devices": 8})))
+        code, out, err = finish(local(start, count, recipe(run, model=SPARSE, mesh={"context": 4, "tensor": 2, "emulate_devices": 8})))
         assert (code, err) == (0, ""), out
         losses.append(list(train_losses(run).values()))
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)

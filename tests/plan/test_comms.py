@@ -4,7 +4,8 @@ import pytest
 
 from tests.plan import small
 from v4train.core import hardware
-from v4train.plan import activations, comms, estimate, machine, timing
+from v4train.plan import activations, comms, estimate, machine, timing, weights
+from v4train.sharding import mesh as mesh_lib
 
 KEPT = {kind: activations.Kept(10**6, 4 * 10**6) for kind in ("csa", "hca", "window")}
 
@@ -54,6 +55,46 @@ def test_context_sends_entries_and_halos_but_no_raw_sequence():
     assert found["context", "all-gather", ("context",)] == 2 * 2 * 2 * (csa + hca) * width * others  # microbatches, layers, passes
     raw = 256 * 128 * width
     assert found["context", "permute", ("context",)] < 2 * 4 * 3 * raw
+
+
+def test_half_as_wide_numbers_are_half_the_bytes_but_for_what_is_summed_in_fp32():
+    """bf16 against fp32. Gradients of entries are scattered in fp32, and Newton-Schulz has a dtype of its own."""
+    halves = {("gather", "all-gather"), ("context", "all-gather"), ("experts", "all-to-all"), ("gather", "all-to-all")}
+    same = {("context", "reduce-scatter"), ("optimizer", "all-to-all"), ("optimizer", "all-gather")}
+    for mesh in ({"fsdp": 2, "expert": 4}, {"fsdp": 1, "context": 8}):
+        changes = {"mesh": mesh, "train": {"batch_rows": 16 if "expert" in mesh else 2, "microbatches": 2}}
+        wide, narrow = (transfers(small.recipe(numerics={"compute": dtype}, **changes)) for dtype in ("float32", "bfloat16"))
+        assert wide.keys() == narrow.keys()
+        seen = {key[:2] for key in wide}
+        assert seen & halves
+        assert seen & same
+        for key, sent in wide.items():
+            if key[:2] in halves:
+                assert narrow[key] == pytest.approx(sent / 2, rel=0.04), key  # a few parameters stay in fp32
+            if key[:2] in same:
+                assert narrow[key] == sent, key
+
+
+def test_tensor_sums_three_projections_a_layer_each_way():
+    """In an HCA layer alone, by hand: forward, again, and backward; then what all heads and all parts of experts read."""
+    recipe = small.recipe(
+        mesh={"fsdp": 1, "tensor": 8}, model={"layers": [{"pattern": ["hca"]}]}, train={"batch_rows": 2, "microbatches": 1}
+    )
+    tokens, d, entries, head, rank = 2 * 256, 128, 2 * 256 // 16, 32, 64
+    once = tokens * d * 3 * 3 + tokens * (rank + head) + entries * head + 2 * tokens * head
+    ends = 3 * tokens * d + 3 * tokens  # embedding, the loss's input, and its three numbers a token
+    assert transfers(recipe)["tensor", "all-reduce", ("tensor",)] == (once + ends) * 4 * 2 * 7 / 8
+
+
+def test_a_matrix_stored_in_parts_goes_there_and_back():
+    """Under context 8, an eighth of each matrix is at home; all others' parts come, and their results go."""
+    recipe = small.recipe(mesh={"fsdp": 1, "context": 8}, train={"batch_rows": 2})
+    found = transfers(recipe)["optimizer", "all-to-all", ("context",)]
+    placed = weights.on_mesh(estimate.declarations_of(recipe.model), mesh=mesh_lib.abstract(recipe.mesh))
+    split = [w for w in placed if w.declaration.group == "muon" and (w.rows or w.columns)]
+    elements = sum(w.stored for w in split)  # padding apart
+    assert split
+    assert 2 * elements * 4 * 7 / 8 <= found <= 2 * 2 * elements * 4 * 7 / 8
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,20 @@ def test_room_for_routed_rows():
     assert exchange.of(small.recipe(), platform="tpu", tokens=512).sent == 0
 
 
+def test_buffers_of_the_exchange_by_hand():
+    """Rows as they come and as they go, gate, up and their product, each with its gradient; and a slot's row on the way there and back."""
+    recipe = small.recipe(mesh={"fsdp": 1, "expert": 8}, model=_model({"transport": "padded", "capacity": 1.25}))
+    rows, slots, d, f = 8 * math.ceil(1.25 * 512 * 2 / 8), 512 * 2, 128, 64
+    assert exchange.of(recipe, platform="gpu", tokens=512).bytes == 4 * (2 * rows * (2 * d + 3 * f) + 2 * slots * d)
+
+
+def test_the_loss_by_hand():
+    """Scores, their exponentials and their gradient of one chunk in fp32; the head and its gradient; the hidden states and theirs."""
+    recipe = small.recipe(mesh={"fsdp": 8}, model={"loss_chunk": 64})
+    parts = phase(recipe, per_layer=KEPT).memory.parts
+    assert parts["logits"] == 3 * 4 * 64 * 512 + 2 * 4 * 512 * 128 + 2 * 4 * 256 * 128
+
+
 def _model(setting) -> dict:
     values = small.recipe().model.model_dump(mode="json")
     values["moe"]["exchange"] = setting

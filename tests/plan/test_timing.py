@@ -7,7 +7,8 @@ import pytest
 from tests.plan import small
 from v4train import recipe as recipe_lib
 from v4train.model import flops
-from v4train.plan import activations, estimate, machine, timing
+from v4train.plan import activations, estimate, machine, timing, weights
+from v4train.sharding import mesh as mesh_lib
 
 KEPT = {kind: activations.Kept(10**6, 4 * 10**6) for kind in ("csa", "hca", "window")}
 PERFECT = timing.Assumptions(matmul=1, experts=1, attention=1, indexer=1, memory=1, hidden=1)
@@ -25,6 +26,19 @@ def test_products_of_a_perfect_chip_are_the_credited_flops_and_recomputation():
     collapse = 2 * recipe.model.hyper.streams**2 * recipe.model.hidden
     passes = 4 * (once.linear - collapse + once.attention + once.head) + 2 * once.indexer
     assert found.products == pytest.approx(16 * 256 / 8 * passes / 989e12)
+
+
+def test_vector_work_of_a_window_layer_by_hand():
+    """Of a model of one: streams read and written four times a pass, logits of attention, heads' outputs, rows of experts; weights once."""
+    recipe = small.recipe(mesh={"fsdp": 8}, model={"layers": [{"pattern": ["window"]}]})
+    width, passes, tokens = 4, 4, 16 * 256 / 8
+    streams = 2 * 4 * 2 * 128 * width
+    attention = 4 * 4 * 8 * 16 + 4 * 8 * 32 * width
+    experts = 2 * (4 * 128 + 6 * 64) * width
+    placed = weights.on_mesh(estimate.declarations_of(recipe.model), mesh=mesh_lib.abstract(recipe.mesh))
+    used = sum(w.used for w in placed if w.declaration.trained)
+    moved = passes * (streams + attention + experts) * tokens + 2 * passes * width * used
+    assert times(recipe).vector == pytest.approx(moved / 3.35e12)
 
 
 def test_mfu_is_credit_over_time_and_peak():

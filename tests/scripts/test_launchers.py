@@ -55,8 +55,8 @@ def local(tmp_path):
     interpreter.write_text(INTERPRETER)
     interpreter.chmod(0o755)
 
-    def run(*words: str, act: str, send: int | None = None) -> tuple[int, str, str, float]:
-        environment = os.environ | {"V4TRAIN_PYTHON": str(interpreter), "ACT": act, "TMP": str(tmp_path)}
+    def run(*words: str, act: str, send: int | None = None, python: str | None = None) -> tuple[int, str, str, float]:
+        environment = os.environ | {"V4TRAIN_PYTHON": python or str(interpreter), "ACT": act, "TMP": str(tmp_path)}
         command, started = [str(PROJECT / "scripts" / "launch_local.sh"), *words], time.monotonic()
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if send is not None:
@@ -93,6 +93,14 @@ def test_only_a_failure_of_the_machine_is_tried_again(local, ends, tries):
     assert (code, out) == (ends, "x\n" * tries)
 
 
+def test_an_interpreter_is_found_on_the_path_or_refused(local, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "python3.99").symlink_to(tmp_path / "python")
+    assert local("1", "r.yaml", act="echo here", python="python3.99")[:3] == (0, "here\n", "")
+    complaint = "launch_local.sh: V4TRAIN_PYTHON: there is no program python3.98\n"
+    assert local("1", "r.yaml", act="echo here", python="python3.98")[:3] == (2, "", complaint)
+
+
 def test_a_wrong_recipe_is_told_once(local):
     assert local("4", "wrong.yaml", act="echo started")[:3] == (2, "", "wrong\n")
 
@@ -123,7 +131,7 @@ eval "$ACT"
 @pytest.fixture
 def slurm(tmp_path):
     """Runs launch_slurm.sh as a batch script: exit code, output, and what scontrol was told. ``send``: a signal to the script alone."""
-    for name, text in {"python": INTERPRETER, "srun": SRUN, "scontrol": '#!/bin/sh\necho "$@" >> "$TMP/scontrol"\n'}.items():
+    for name, text in {"python": INTERPRETER, "srun": SRUN, "scontrol": '#!/bin/sh\necho "$@" >> "$TMP/told"\n'}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
@@ -136,7 +144,7 @@ def slurm(tmp_path):
         if send is not None:
             process.send_signal(send)
         out, _ = process.communicate(timeout=60)
-        told = tmp_path / "scontrol"
+        told = tmp_path / "told"
         return process.returncode, begun + out, told.read_text() if told.exists() else ""
 
     return run

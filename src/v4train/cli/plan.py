@@ -39,6 +39,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--compile needs --target, the devices to compile for, and --target needs --compile: v4train plan RECIPE --help")
     if not (args.chips or args.target):
         raise ValueError("name the machine: --chips H200x512 (chip and number), or --chips v5p:8x8x8 (a topology)")
+    if args.search and args.compile:
+        raise ValueError("--search ranks meshes by estimate and --compile compiles the recipe's: use one of them, then --set the mesh")
+    if args.chips and args.target and not args.target.startswith("cpu"):
+        named, compiled = machine.parse(args.chips), machine.parse(args.target, option="--target")
+        if (named.name, named.devices, named.slices) != (compiled.name, compiled.devices, compiled.slices):
+            raise ValueError(
+                f"--chips {args.chips} and --target {args.target} are different machines, whose figures would stand side by side; leave "
+                "out --chips, and the estimate is for the target"
+            )
     if args.top < 1:
         raise ValueError(f"--top {args.top} must be 1 or more")
     loaded = recipe_lib.resolve(args.recipe, overrides=args.overrides)
