@@ -90,7 +90,7 @@ def test_a_matrix_stored_in_parts_goes_there_and_back():
     """Under context 8, an eighth of each matrix is at home; all others' parts come, and their results go."""
     recipe = small.recipe(mesh={"fsdp": 1, "context": 8}, train={"batch_rows": 2})
     found = transfers(recipe)["optimizer", "all-to-all", ("context",)]
-    placed = weights.on_mesh(estimate.declarations_of(recipe.model), mesh=mesh_lib.abstract(recipe.mesh))
+    placed = weights.on_mesh(estimate.declarations_of(recipe), mesh=mesh_lib.abstract(recipe.mesh))
     split = [w for w in placed if w.declaration.group == "muon" and (w.rows or w.columns)]
     elements = sum(w.stored for w in split)  # padding apart
     assert split

@@ -35,7 +35,7 @@ def test_vector_work_of_a_window_layer_by_hand():
     streams = 2 * 4 * 2 * 128 * width
     attention = 4 * 4 * 8 * 16 + 4 * 8 * 32 * width
     experts = 2 * (4 * 128 + 6 * 64) * width
-    placed = weights.on_mesh(estimate.declarations_of(recipe.model), mesh=mesh_lib.abstract(recipe.mesh))
+    placed = weights.on_mesh(estimate.declarations_of(recipe), mesh=mesh_lib.abstract(recipe.mesh))
     used = sum(w.used for w in placed if w.declaration.trained)
     moved = passes * (streams + attention + experts) * tokens + 2 * passes * width * used
     assert times(recipe).vector == pytest.approx(moved / 3.35e12)

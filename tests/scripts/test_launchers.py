@@ -48,6 +48,10 @@ esac
 """
 
 
+# A shell cannot trap what was ignored when it began, as Ctrl-C is in whatever runs in the background.
+HEAR = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+
+
 @pytest.fixture
 def local(tmp_path):
     """Runs launch_local.sh with processes that do ``act``; ``$last`` is their number. Gives exit code, both outputs, and the seconds."""
@@ -58,7 +62,9 @@ def local(tmp_path):
     def run(*words: str, act: str, send: int | None = None, python: str | None = None) -> tuple[int, str, str, float]:
         environment = os.environ | {"V4TRAIN_PYTHON": python or str(interpreter), "ACT": act, "TMP": str(tmp_path)}
         command, started = [str(PROJECT / "scripts" / "launch_local.sh"), *words], time.monotonic()
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", HEAR, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         if send is not None:
             assert process.stdout.readline() == "ready\n"
             process.send_signal(send)
