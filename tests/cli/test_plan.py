@@ -83,7 +83,7 @@ def test_meshes_are_ranked(capsys):
         (("--chips", "H201x512"), "no chip 'H201'"),
         (("--chips", "H200"), "write it like H200x512"),
         (("--chips", "H200x1024"), r"for 512 devices, but --chips has 1,024; .*--set mesh.replica=2"),
-        (("--chips", "H200x100"), r"for 512 devices, but --chips has 100; name as many with --chips, or let --search find a mesh \(--debug"),
+        (("--chips", "H200x100"), r"for 512 devices, but --chips has 100; name as many with --chips, or let --search find a mesh \("),
         (("--compile", "--target", "H100:8x8"), r"but --target has 64; name as many with --target, or let"),
         (("--chips", "v5p:8x8x8:2", "--set", "mesh.fsdp=4", "--set", "train.microbatches=24"), "only mesh.replica goes across them"),
         (("--chips", "H200x512", "--price", "-1"), "--price -1.0 must be"),

@@ -4,8 +4,8 @@
 alone (experts, projections, head, optimizer) costs the same in all of them. What grows is attention, and by how much it should is known
 from `model.flops`: index scores grow with the length, everything else of sparse attention levels off. ``time_over_flops`` divides the
 measured growth of the time per token by the predicted growth of the FLOPs per token: 1 means that time follows arithmetic, and something
-quadratic, or a sort over all entries, shows as a figure that climbs. ``cpu_over_flops`` does the same with the seconds that the process had a
-core: on a machine that others use too, those are what the work costs, and the others are how long it had to wait.
+quadratic, or a sort over all entries, shows as a figure that climbs. ``cpu_over_flops`` does the same with the seconds that the process had
+a core: on a machine that others use too, those are what the work costs, and the others are how long it had to wait.
 
 *Depths*: equal layers are scanned, so a deep model has hardly more program than a shallow one.
 

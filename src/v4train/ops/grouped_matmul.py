@@ -77,9 +77,14 @@ def grouped_matmul(
 
 
 def by_matrices(
-    x: Float[Array, "R d"], w: Float[Array, "G d f"], group_sizes: Int[Array, "G"], *, transposed: bool = False, implementation: Implementation
+    x: Float[Array, "R d"],
+    w: Float[Array, "G d f"],
+    group_sizes: Int[Array, "G"],
+    *,
+    transposed: bool = False,
+    implementation: Implementation,
 ) -> Float[Array, "R f"]:
-    """`grouped_matmul` without a derivative rule, and if ``transposed`` by the transposed matrices, ``[G, f, d]``: a part of other rules."""
+    """`grouped_matmul` without a derivative rule, if ``transposed`` by the transposed matrices, ``[G, f, d]``: a part of other rules."""
     x, w, group_sizes = _varying_alike(x, w, group_sizes)
     match implementation:
         case "dense":

@@ -58,7 +58,12 @@ class Formats(Protocol):
         ...
 
     def grouped(
-        self, x: Float[Array, "R d"], w: Float[Array, "G d f"], *, group_sizes: Int[Array, "G"], implementation: grouped_matmul.Implementation
+        self,
+        x: Float[Array, "R d"],
+        w: Float[Array, "G d f"],
+        *,
+        group_sizes: Int[Array, "G"],
+        implementation: grouped_matmul.Implementation,
     ) -> Float[Array, "R f"]:
         """`grouped_matmul.grouped_matmul`."""
         ...
