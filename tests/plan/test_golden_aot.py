@@ -53,7 +53,7 @@ def test_compiled_recipe_is_as_its_golden_figures_say(name):
     path, target, overrides = CASES[name]
     if not _installed(target):
         pytest.skip("the vendor's compiler is not installed here: make aot")
-    # What comes after the buffers adds only the code\'s own bytes, and takes a TPU\'s compiler hours.
+    # What comes after the buffers adds only the code's own bytes, and takes a TPU's compiler hours.
     report = plan_compile.run(recipe_lib.resolve(path, overrides=overrides).config, target=target, until="buffers")
     print(plan_compile.table(report))
     report.check()
