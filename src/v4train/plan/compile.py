@@ -170,11 +170,11 @@ def until_buffers(
         process = multiprocessing.get_context("spawn").Process(target=_compile_into, args=(directory, target, lower))
         process.start()
         try:
-            size = 0
+            sizes = (0, 0)
             while process.is_alive():
                 process.join(poll_seconds)
-                before, size = size, len(_largest_file(dump, _ASSIGNMENT))
-                if size and size == before:
+                before, sizes = sizes, (_size(dump, _PROGRAM), _size(dump, _ASSIGNMENT))
+                if all(sizes) and sizes == before and "\nENTRY " in _largest_file(dump, _PROGRAM):
                     break
         finally:
             process.kill()
@@ -182,7 +182,7 @@ def until_buffers(
         if (dump / _REFUSED).exists():
             raise ValueError((dump / _REFUSED).read_text())
         told = (dump / _TOLD).read_text(errors="replace").splitlines() if (dump / _TOLD).exists() else []
-        if not _largest_file(dump, _ASSIGNMENT):
+        if not _size(dump, _ASSIGNMENT):
             print("\n".join(told), file=sys.stderr)
             raise ValueError(
                 f"--target {target.name}: the compiler ended before it knew where the values lie (exit code {process.exitcode})"
@@ -240,8 +240,12 @@ def _compile(lowered: jax.stages.Lowered, options: dict[str, Any]) -> tuple[jax.
 
 def _largest_file(directory: pathlib.Path, pattern: str) -> str:
     """What the compiler wrote about the largest module that it compiled."""
-    found = sorted(directory.glob(pattern), key=lambda path: path.stat().st_size)
-    return found[-1].read_text() if found else ""
+    found = max(directory.glob(pattern), key=lambda path: path.stat().st_size, default=None)
+    return "" if found is None else found.read_text()
+
+
+def _size(directory: pathlib.Path, pattern: str) -> int:
+    return max((path.stat().st_size for path in directory.glob(pattern)), default=0)
 
 
 def _replicated(told: list[str]) -> dict[tuple[str, str], int]:
