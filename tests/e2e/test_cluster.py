@@ -45,8 +45,9 @@ ON_STEP = """
 from v4train.train import loop
 tell = loop._tell
 def watched(hooks, step, report):
-    tell(hooks, step, report)
+    found = tell(hooks, step, report)
     on_step(step)
+    return found
 loop._tell = watched
 """
 

@@ -42,7 +42,7 @@ from v4train.train import step
 if {slow_steps}:
     from v4train.train import loop
     tell = loop._tell
-    loop._tell = lambda *x: (tell(*x), time.sleep({slow_steps}))
+    loop._tell = lambda *x: (tell(*x), time.sleep({slow_steps}))[0]
 {act}
 from v4train.cli import main
 sys.exit(main.main(sys.argv[1:]))

@@ -35,7 +35,7 @@ def test_its_input_is_the_stream_and_the_next_embedding(monkeypatch, head, rows)
     layer, params = head
     rng = np.random.default_rng(0)
     streams, embedded = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, LENGTH, 4, 32), (2, LENGTH, 32)))
-    monkeypatch.setattr(block.Block, "__call__", lambda self, streams, context: (streams, None))
+    monkeypatch.setattr(block.Block, "__call__", lambda self, streams, context, *_, **__: (streams, None))
     monkeypatch.setattr(hyper_connections.HeadCollapse, "__call__", lambda self, streams: streams[:, :, 2])
     there = context.make(loss.model_inputs(rows, config=CONFIG), config=CONFIG)
     out, _ = param.bind(layer, params)(streams, embedded, there)
@@ -53,9 +53,9 @@ def test_the_next_embedding_may_be_that_of_a_patch_or_a_frame(monkeypatch, rows)
     seen = {}
     real = mtp.MultiTokenPrediction.__call__
 
-    def spy(self, streams, embedded, context):
+    def spy(self, streams, embedded, context, *given, **keep):
         seen["embedded"] = embedded
-        return real(self, streams, embedded, context)
+        return real(self, streams, embedded, context, *given, **keep)
 
     monkeypatch.setattr(mtp.MultiTokenPrediction, "__call__", spy)
     model = transformer.Transformer(CONFIG)
@@ -63,8 +63,8 @@ def test_the_next_embedding_may_be_that_of_a_patch_or_a_frame(monkeypatch, rows)
     inputs = loss.model_inputs(rows, config=CONFIG)
     jax.eval_shape(lambda: param.bind(model, params)(inputs))
     assert seen["embedded"].shape == (2, LENGTH, 32)
-    monkeypatch.setattr(mtp.MultiTokenPrediction, "__call__", lambda self, streams, embedded, context: (embedded, _no_stats()))
-    monkeypatch.setattr(block.Block, "__call__", lambda self, streams, context: (streams, _no_stats()))
+    monkeypatch.setattr(mtp.MultiTokenPrediction, "__call__", lambda self, streams, embedded, context, *_, **__: (embedded, _no_stats()))
+    monkeypatch.setattr(block.Block, "__call__", lambda self, streams, context, *_, **__: (streams, _no_stats()))
     embedded = param.bind(model, params)(inputs).mtp_hidden
     media = rows.modality > 0
     placeholder = np.asarray(params["embedding"]["table"])[rows.tokens]

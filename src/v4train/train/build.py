@@ -4,8 +4,8 @@ It has two halves. `abstract` needs a recipe and a mesh and touches neither devi
 that a step reads and writes, enough to trace and lower it for any mesh, also one of a machine that is not here (`lower_step`). `parts`
 joins that with the devices and the data of a run. The planner compiles ahead of time what the trainer runs, because both come from here.
 
-Steps of one run differ in the shape of their batch and in the stage of the model. Each combination that a run comes to is a `Variant`,
-compiled by itself; all of them read and write the same state.
+Steps of one run differ in the shape of their batch, in the stage of the model, and in who chose the experts. Each combination that a run
+comes to is a `Variant`, compiled by itself; all of them read and write the same state.
 """
 
 import concurrent.futures
@@ -42,10 +42,12 @@ class Variant(NamedTuple):
     Attributes:
         shape: of the global batch, as its arrays have it.
         stage: of the model.
+        anticipated: whether the experts are given (`step.Anticipate`).
     """
 
     shape: phases.Shape
     stage: stages_lib.Stage
+    anticipated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,19 +151,32 @@ class Program:
         steps: a training step for each variant that was asked for (`add_step`).
         evaluations: of batches of the first phase's shape, for each `Stage.evaluated` that was asked for (`add_evaluation`).
         compile_seconds: of what was compiled before the first step.
+        anticipations: the choice of experts for later batches, for each variant that was asked for (`add_anticipation`).
     """
 
-    steps: dict[Variant, Callable[[state_lib.State, batch_lib.Batch], tuple[state_lib.State, step_lib.Report]]]
+    steps: dict[Variant, Callable[..., tuple[state_lib.State, step_lib.Report]]]
     evaluations: dict[stages_lib.Stage, Callable[[state_lib.State, batch_lib.Batch], heldout.Sums]]
     compile_seconds: float
+    anticipations: dict[Variant, Callable[[state_lib.State, batch_lib.Batch], dict]] = dataclasses.field(default_factory=dict)
 
-    def step(self, state: state_lib.State, batch: batch_lib.Batch, *, variant: Variant) -> tuple[state_lib.State, step_lib.Report]:
-        """One training step on a global batch, by a variant that was compiled."""
-        return self.steps[variant](state, batch)
+    def step(
+        self, state: state_lib.State, batch: batch_lib.Batch, *, variant: Variant, given: dict | None = None
+    ) -> tuple[state_lib.State, step_lib.Report]:
+        """One training step on a global batch, by a variant that was compiled; with ``given`` experts by its anticipated one."""
+        return self.steps[variant](state, batch) if given is None else self.steps[anticipated(variant)](state, batch, given)
+
+    def anticipate(self, state: state_lib.State, batch: batch_lib.Batch, *, variant: Variant) -> dict:
+        """The experts that the routers of a state choose for a batch of a variant that was compiled."""
+        return self.anticipations[anticipated(variant)](state, batch)
 
     def evaluate(self, state: state_lib.State, batch: batch_lib.Batch, *, stage: stages_lib.Stage) -> heldout.Sums:
         """Nats, targets and bytes of held-out rows, as the model of a stage that was compiled predicts them."""
         return self.evaluations[stage.evaluated](state, batch)
+
+
+def anticipated(variant: Variant) -> Variant:
+    """The same, with given experts."""
+    return variant._replace(anticipated=True)
 
 
 def shape_of(batch: batch_lib.Batch, *, hosts: int = 1) -> phases.Shape:
@@ -235,6 +250,17 @@ def add_step(program: Program, p: Parts, variant: Variant) -> float | None:
     return time.perf_counter() - started
 
 
+def add_anticipation(program: Program, p: Parts, variant: Variant) -> float | None:
+    """Compiles what `Program.anticipate` and then `Program.step` need for a variant, unless that was done; returns the seconds."""
+    variant, started = anticipated(variant), time.perf_counter()
+    if variant in program.anticipations:
+        return None
+    with constrain.on_mesh(p.mesh):
+        program.anticipations[variant] = lower_anticipation(p, variant).compile(compiler.options())
+    add_step(program, p, variant)
+    return time.perf_counter() - started
+
+
 def add_evaluation(program: Program, p: Parts, stage: stages_lib.Stage) -> float | None:
     """Compiles the evaluation of a stage, unless that was done; returns the seconds that it took."""
     started = time.perf_counter()
@@ -245,21 +271,37 @@ def add_evaluation(program: Program, p: Parts, stage: stages_lib.Stage) -> float
     return time.perf_counter() - started
 
 
-def trace_step(p: Abstract, variant: Variant) -> jax.stages.Traced:
-    """The training step of a variant, traced; the state is donated. ``lower`` it for the machine, and compile that."""
+def trace_step(p: Abstract, variant: Variant, *, step: type[step_lib.Step] = step_lib.Step) -> jax.stages.Traced:
+    """The training step of a variant, traced; the state is donated. ``lower`` it for the machine, and compile that. Whoever studies a
+    step that differs passes its class."""
     train, staged = p.recipe.train, p.staged(variant.stage)
-    step = step_lib.Step(
-        staged.model, p.declarations, staged.optimizer, p.recipe.numerics, p.sources, train.microbatches, p.recipe.optimizer.clip_norm
+    made = step(
+        staged.model,
+        p.declarations,
+        staged.optimizer,
+        p.recipe.numerics,
+        p.sources,
+        train.microbatches,
+        p.recipe.optimizer.clip_norm,
+        train.skip_nonfinite,
     )
     state_shardings = jax.tree.map(lambda x: x.sharding, p.state)
     replicated = NamedSharding(p.mesh, jax.sharding.PartitionSpec())
     with constrain.on_mesh(p.mesh):
-        return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated)).trace(p.state, p.batches[variant.shape])
+        inputs = (p.state, p.batches[variant.shape], *([_experts(p, variant)] if variant.anticipated else []))
+        return jax.jit(made, donate_argnums=0, out_shardings=(state_shardings, replicated)).trace(*inputs)
 
 
 def lower_step(p: Abstract, variant: Variant) -> jax.stages.Lowered:
     """The training step of a variant, ready to be compiled."""
     return trace_step(p, variant).lower()
+
+
+def lower_anticipation(p: Abstract, variant: Variant) -> jax.stages.Lowered:
+    """The choice of experts for batches of a variant, ready to be compiled; the state is only read."""
+    with constrain.on_mesh(p.mesh):
+        shardings = jax.tree.map(lambda x: x.sharding, _experts(p, variant))
+        return jax.jit(_anticipate(p, variant), out_shardings=shardings).lower(p.state, p.batches[variant.shape])
 
 
 def lower_evaluation(p: Parts, stage: stages_lib.Stage) -> jax.stages.Lowered:
@@ -279,6 +321,20 @@ def first_state(p: Parts) -> state_lib.State:
     histogram = p.data.token_histogram()
     counts[: len(histogram)] = histogram
     return state._replace(buffers=transformer.fill_hash_tables(state.buffers, declarations=buffers, counts=counts, seed=p.recipe.seed))
+
+
+def _anticipate(p: Abstract, variant: Variant) -> step_lib.Anticipate:
+    return step_lib.Anticipate(p.staged(variant.stage).model, p.declarations, p.recipe.numerics)
+
+
+def _experts(p: Abstract, variant: Variant) -> dict:
+    """Shapes and shardings of the experts of a batch."""
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        letters = axes.logical_axes(step_lib.letters_of_experts(x))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.sharding(letters, shape=x.shape, mesh=p.mesh))
+
+    return jax.tree.map(place, jax.eval_shape(_anticipate(p, variant), p.state, p.batches[variant.shape]))
 
 
 def _with_shardings(structs: state_lib.State, shardings: state_lib.State) -> state_lib.State:

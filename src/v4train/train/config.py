@@ -53,6 +53,47 @@ class StageConfig(base.Config):
         return self
 
 
+class AnticipateConfig(base.Config):
+    """Anticipatory routing (V4 report): the experts of a step are chosen by the parameters of an earlier one, everything else is computed
+    with the current ones. It breaks the loop in which routing and features push each other away, and costs one forward pass a step."""
+
+    lag: int = pydantic.Field(default=8, ge=0)
+    """Steps between the parameters that choose the experts and those that compute. The paper does not say; chosen here. As many batches
+    and their choices (4 bytes per token, layer and choice) are kept on the devices."""
+    calm_steps: int = pydantic.Field(default=500, ge=1)
+    """Steps without a spike after which routing is the usual one again. The paper does not say; chosen here."""
+    always: bool = False
+    """From the first step to the last, spike or not: for studying it."""
+
+
+class GuardConfig(base.Config):
+    """What to do about a spike of loss or gradient: go back to a state from before it, leave out the batches since, go on; and stop a run
+    that does not get over it. docs/stability.md explains it."""
+
+    window: int = pydantic.Field(default=128, ge=4)
+    """Accepted steps whose medians a step is compared with. OLMo-core, Levanter and MaxText: 128."""
+    least: int = pydantic.Field(default=20, ge=2)
+    """Accepted steps before which, at the start and after a change of shape or stage, only what is not finite is a spike."""
+    loss_deviations: float = pydantic.Field(default=6.0, gt=0)
+    """A loss so many standard deviations (by the median of distances) above the median is a spike, if it is above the margin too.
+    OLMo-core, Levanter and MaxText: 6 standard deviations above the mean."""
+    loss_margin: float = pydantic.Field(default=0.1, ge=0)
+    """Least excess over the median loss, as a share of it. LLM Foundry ends a run whose loss is twice its average."""
+    gradient_factor: float = pydantic.Field(default=10.0, gt=1)
+    """A gradient norm so many times the median is a spike. Chosen here; OLMo-core, Levanter and MaxText: 6 deviations above the mean."""
+    snapshot_every: int = pydantic.Field(default=50, ge=2)
+    """Steps between snapshots of the state; the last two are kept. A rollback loses the batches since the snapshot, at most twice this
+    many. PaLM went back about 100 steps and left out 200 to 500 batches."""
+    snapshots: Literal["host", "device"] = "host"
+    """Where snapshots lie: in the memory of the hosts, or beside the state on the devices, twice its size and faster."""
+    max_rollbacks: int = pydantic.Field(default=3, ge=0)
+    """Rollbacks within `rollback_window` steps; one more spike saves the run, ends it and says why. 0: the first spike does."""
+    rollback_window: int = pydantic.Field(default=1000, ge=1)
+    """Steps in which rollbacks are counted together."""
+    anticipate: AnticipateConfig | None = None
+    """Anticipatory routing after a rollback. DeepSeek-V4 switches it on after a spike and a short rollback; null: never."""
+
+
 class TrainConfig(base.Config):
     """How long, how much at a time, and what to look at on the way."""
 
@@ -76,6 +117,10 @@ class TrainConfig(base.Config):
     """Steps between records of expert load."""
     run_directory: str = "runs/{name}"
     """Where the run lives; {name} is the recipe's."""
+    guard: GuardConfig | None = None
+    """Detection of spikes and rollback; null: none."""
+    skip_nonfinite: bool = True
+    """A step whose loss or gradients are not finite changes nothing but the data position. false: it ruins the parameters, for studies."""
     grace_seconds: float = pydantic.Field(default=30.0, gt=0)
     """Time after SIGTERM in which the last checkpoint must be written."""
     stall_seconds: float | None = pydantic.Field(default=None, ge=1)

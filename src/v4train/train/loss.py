@@ -69,10 +69,10 @@ def model_inputs(batch: batch_lib.Batch, *, config: model_config.ModelConfig) ->
     )
 
 
-def terms(model: transformer.Transformer, params: dict, batch: batch_lib.Batch, *, sources: int) -> Terms:
-    """Forward pass and the sums of all loss terms."""
+def terms(model: transformer.Transformer, params: dict, batch: batch_lib.Batch, *, sources: int, given: dict | None = None) -> Terms:
+    """Forward pass and the sums of all loss terms. ``given`` experts: see `transformer.Transformer`."""
     bound = param.bind(model, params)
-    out = bound(model_inputs(batch, config=model.config))
+    out = bound(model_inputs(batch, config=model.config), given=given)
     ids, weight = targets(batch, ahead=1)
     nats = bound.token_losses(out.hidden, ids) * weight
     of_source = jax.nn.one_hot(batch.source, sources, dtype=jnp.float32)

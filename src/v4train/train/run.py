@@ -23,6 +23,7 @@ from v4train.data import history
 from v4train.model import count, flops
 from v4train.optim import schedule
 from v4train.train import build, cluster, initial, loop, resilience, watchdog
+from v4train.train import guard as guard_lib
 from v4train.train import stages as stages_lib
 from v4train.train import state as state_lib
 from v4train.train import summary as summary_lib
@@ -46,6 +47,8 @@ MAY_CHANGE = (
     "train.run_directory",
     "train.grace_seconds",
     "train.stall_seconds",
+    "train.guard",
+    "train.skip_nonfinite",
     "checkpoint",
     "cluster",
     "decode",
@@ -154,7 +157,7 @@ def _train(
         state = _state(parts, directory, found, show)
         seconds_before = summary_lib.seconds_at(earlier, start)
         measured = _metrics(parts, sink, show, seconds_before=seconds_before, skipped_before=int(state.skipped))
-        described = {"config": recipe.checkpoint, "metadata": lambda step: _describe(parts, metadata, step)}
+        described = {"config": recipe.checkpoint, "metadata": lambda step: _describe(parts, metadata, step) | {"guard": guard.state()}}
         saves = checkpoints.Checkpoints(saver, **described, start=start, end=recipe.train.steps)
         first = first_step.FirstStep(program_started=program_started, start=start)
         own = quarantine.path(directory, host=jax.process_index())
@@ -164,9 +167,11 @@ def _train(
         compiles = phases.Changes(parts, program, say=show.say, done=measured.pause)
         timed = [dog.over("save", saves), dog.over("evaluation", evaluates), dog.over("compilation", compiles, timed=False)]
         hooks = [*timed, first, measured, phases.Amounts(parts, sink), bad]
+        told = {"sink": sink, "say": show.say, "done": measured.pause}
+        guard = _guard(parts, found, reads=lambda step: recipe.checkpoint.is_due(step) or evaluates.is_due(step), **told)
         measured.pause()
-        ended = lambda done: bad.too_many is not None or not processes.may_go(done)  # noqa: E731
-        state, done = loop.run(parts, program, state, start=start, hooks=hooks, stop=ended, at=dog.at)
+        ended = lambda done: _complaint(bad, guard, directory) is not None or not processes.may_go(done)  # noqa: E731
+        state, done = loop.run(parts, program, state, start=start, hooks=hooks, stop=ended, guard=guard, at=dog.at)
         dog.at("save", done)
         saves.last(done, state)
         dog.at("end", done)
@@ -176,6 +181,8 @@ def _train(
             "first_step_seconds": first.seconds,
             "compile_seconds": round(program.compile_seconds, 3),
             "skipped_steps": int(state.skipped),
+            "skipped_batches": guard_lib.skipped_batches(guard.rollbacks),
+            "rollbacks": guard.rollbacks,
             "bad_records": quarantine.count(directory),
             "checkpoint_error": saver.last_error,
         }
@@ -184,12 +191,27 @@ def _train(
             summary_lib.write(directory, summary)
         show.close()
         show.say(summary_lib.closing(summary, directory))
-    if bad.too_many is not None and done < recipe.train.steps:
-        raise ValueError(
-            f"{bad.too_many}. The run is saved at step {done}; {quarantine.named(directory)} names the documents. Mend the store, give the "
-            "source weight 0 in a new phase (data.phases), or raise data.max_bad_share; the same command then goes on."
-        )
+    if (complaint := _complaint(bad, guard, directory)) is not None and done < recipe.train.steps:
+        raise ValueError(f"{complaint} The run is saved at step {done}; the same command goes on from there.")
     return Outcome(summary, stop.signal)
+
+
+def _complaint(bad: quarantine.BadRecords, guard: guard_lib.Guard, directory: pathlib.Path) -> str | None:
+    """Why the run must not go on, with the remedy; None if it may."""
+    if bad.too_many is not None:
+        return (
+            f"{bad.too_many}. {quarantine.named(directory)} names the documents. Mend the store, give the source weight 0 in a new phase "
+            "(data.phases), or raise data.max_bad_share."
+        )
+    return guard.exceeded
+
+
+def _guard(parts: build.Parts, found: restore.Description | None, **watched: Any) -> guard_lib.Guard:
+    """With what it remembers from the process before."""
+    guard = guard_lib.Guard(parts.recipe.train.guard, level=lambda step: repr(tuple(parts.variant_at(step))), **watched)
+    if found is not None and "guard" in found.metadata:
+        guard.restore(found.metadata["guard"])
+    return guard
 
 
 def _summary(parts: build.Parts, directory: pathlib.Path, *, done: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from v4train.core import tree
+from v4train.core import param, tree
 from v4train.data import batch as batch_lib
 from v4train.model import config as model_config
 from v4train.model import stack, transformer
@@ -44,6 +44,8 @@ class Report(NamedTuple):
 class Step:
     """``step(state, batch) -> (state, report)``; jit it with the state donated.
 
+    A third argument gives the experts of the batch, as `Anticipate` has chosen them with the parameters of an earlier step.
+
     Attributes:
         model: abstract.
         declarations: of all its parameters.
@@ -52,6 +54,7 @@ class Step:
         sources: number of data sources.
         microbatches: parts of the batch.
         clip_norm: largest gradient norm, or None.
+        skip_nonfinite: whether a step whose loss or gradients are not finite changes nothing.
     """
 
     model: transformer.Transformer
@@ -61,10 +64,11 @@ class Step:
     sources: int
     microbatches: int
     clip_norm: float | None
+    skip_nonfinite: bool = True
 
-    def __call__(self, state: state_lib.State, batch: batch_lib.Batch) -> tuple[state_lib.State, Report]:
+    def __call__(self, state: state_lib.State, batch: batch_lib.Batch, given: dict | None = None) -> tuple[state_lib.State, Report]:
         counts = loss_lib.count(batch)
-        loss, sums, grads = self._gradients(state, batch, counts)
+        loss, sums, grads = self.gradients(state, batch, given, counts)
         grads, norm = clip.clip_by_global_norm(grads, self.clip_norm)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
@@ -72,39 +76,77 @@ class Step:
         buffers = state.buffers
         if not loss_lib.warming_up(self.model.config):
             buffers = transformer.update_router_biases(buffers, sums.loads, speed=self.model.config.moe.bias_speed)
-        moved = (params, buffers, optimizer)
-        kept = (state.params, state.buffers, state.optimizer)
-        params, buffers, optimizer = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
-        new = state_lib.State(state.step + 1, params, buffers, optimizer, state.skipped + (1 - finite.astype(jnp.int32)))
+        skipped = state.skipped
+        if self.skip_nonfinite:
+            moved = (params, buffers, optimizer)
+            kept = (state.params, state.buffers, state.optimizer)
+            params, buffers, optimizer = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
+            skipped += 1 - finite.astype(jnp.int32)
+        new = state_lib.State(state.step + 1, params, buffers, optimizer, skipped)
         by_source = [jax.ops.segment_sum(x.sum(axis=1), batch.source, self.sources) for x in (batch.n_documents, batch.n_bad)]
         return new, _report(loss, sums, counts, norm=norm, finite=finite, config=self.model.config, by_source=by_source)
 
-    def _gradients(self, state: state_lib.State, batch: batch_lib.Batch, counts: loss_lib.Counts) -> tuple[Array, loss_lib.Terms, dict]:
+    def gradients(
+        self, state: state_lib.State, batch: batch_lib.Batch, given: dict | None, counts: loss_lib.Counts
+    ) -> tuple[Array, loss_lib.Terms, dict]:
         """Loss, sums and gradients over all microbatches."""
 
-        def loss(params: dict, part: batch_lib.Batch) -> tuple[Array, loss_lib.Terms]:
+        def loss(params: dict, part: batch_lib.Batch, given: dict | None) -> tuple[Array, loss_lib.Terms]:
             whole = tree.merge(params, state.buffers)
             whole = policy.cast_for_compute(whole, declarations=self.declarations, config=self.numerics)
-            sums = loss_lib.terms(self.model, whole, part, sources=self.sources)
+            sums = loss_lib.terms(self.model, whole, part, sources=self.sources, given=given)
             return loss_lib.total(sums, counts, config=self.model.config), sums
 
         gradient = jax.value_and_grad(loss, has_aux=True)
         if self.microbatches == 1:
-            (value, sums), grads = gradient(state.params, batch)
+            (value, sums), grads = gradient(state.params, batch, given)
             return value, sums, grads
 
-        def add(total: tuple, part: batch_lib.Batch) -> tuple[tuple, None]:
+        def add(total: tuple, xs: tuple[batch_lib.Batch, dict | None]) -> tuple[tuple, None]:
+            part, chosen = xs
             by_token = part.tokens.shape
             part = jax.tree.map(
                 lambda x: constrain.constrain(x, "B S" if x.shape == by_token else " ".join(["B", *"_" * (x.ndim - 1)])), part
             )
-            return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
+            chosen = jax.tree.map(lambda x: constrain.constrain(x, letters_of_experts(x)), chosen)
+            return jax.tree.map(jnp.add, total, gradient(state.params, part, chosen)), None
 
-        parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // self.microbatches, self.microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
-        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts))
+        parts = jax.tree.map(lambda x: self._split(x, axis=0), batch)
+        chosen = jax.tree.map(lambda x: self._split(x, axis=x.ndim - 3), given)
+        shapes = jax.eval_shape(gradient, state.params, *jax.tree.map(lambda x: x[0], (parts, chosen)))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        ((value, sums), grads), _ = jax.lax.scan(add, zeros, parts)
+        ((value, sums), grads), _ = jax.lax.scan(add, zeros, (parts, chosen))
         return value, sums, grads
+
+    def _split(self, x: Array, *, axis: int) -> Array:
+        """Rows along ``axis`` -> microbatches first. Row i goes to microbatch i modulo their number, so that rows stay on their device."""
+        rows = x.shape[axis] // self.microbatches
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], rows, self.microbatches, *x.shape[axis + 1 :]), axis + 1, 0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Anticipate:
+    """``anticipate(state, batch) -> experts``: where the routers of this state send the tokens of a batch that comes later.
+
+    A forward pass alone, without the heads. ``experts`` has the structure of the loads: i32 ``[repeat, B, S, k]`` for each place of the
+    stack, ``[B, S, k]`` for the MTP block.
+    """
+
+    model: transformer.Transformer
+    declarations: dict
+    numerics: numerics_config.NumericsConfig
+
+    def __call__(self, state: state_lib.State, batch: batch_lib.Batch) -> dict:
+        whole = tree.merge(state.params, state.buffers)
+        whole = policy.cast_for_compute(whole, declarations=self.declarations, config=self.numerics)
+        out = param.bind(self.model, whole)(loss_lib.model_inputs(batch, config=self.model.config), keep_experts=True)
+        assert out.experts is not None
+        return jax.tree.map(lambda x: constrain.constrain(x, letters_of_experts(x)), out.experts)
+
+
+def letters_of_experts(x: Array | jax.ShapeDtypeStruct) -> str:
+    """The axes of an array of experts, of the MTP block or of layers stacked."""
+    return "B S _" if x.ndim == 3 else "_ B S _"
 
 
 def _report(

@@ -55,10 +55,16 @@ def closing(s: dict[str, Any], directory: pathlib.Path) -> str:
         f"peak memory {s['peak_memory_bytes'] / 2**30:.2f} GiB; results in {directory}; look at them: v4train report {directory}",
         "" if s["status"] == "finished" else "the same command goes on from here",
         f"{s['skipped_steps']} step(s) changed nothing: their gradients were not finite" if s["skipped_steps"] else "",
+        _left_out(s) if s["rollbacks"] else "",
         f"{s['bad_records']} document(s) were unreadable and became padding: {directory / 'quarantine.jsonl'}" if s["bad_records"] else "",
         f"WARNING: the last checkpoint could not be saved: {s['checkpoint_error']}" if s["checkpoint_error"] else "",
     ]
     return "\n".join(line for line in lines if line)
+
+
+def _left_out(s: dict[str, Any]) -> str:
+    ranges = ", ".join(f"{r['first_batch']} to {r['last_batch']} ({r['reason'].replace('_', ' ')})" for r in s["rollbacks"])
+    return f"{len(s['rollbacks'])} rollback(s) left out {s['skipped_batches']} batch(es): {ranges}"
 
 
 def _nats(value: float | None) -> str:

@@ -51,22 +51,36 @@ class Evaluation:
     def before(self, step: int, state: state_lib.State) -> None:
         """Evaluates if it is time, by the model of the next step's stage; where a stage changes the model's predictions, also by that of
         the step before, so that the two records differ in nothing else."""
-        train, stages = self._parts.recipe.train, self._parts.stages
-        old, new = (stages.at(max(i, 0)) for i in (step - 1, step - 1 if step == train.steps else step))
-        changes = old.evaluated != new.evaluated
-        loss_is_due = self._parts.recipe.data.holdout > 0 and (changes or self._due(step, train.eval_every))
-        asked = [
-            probe for probe, each in zip(self._probes.probes, train.evals, strict=True) if self._due(step, each.every or train.eval_every)
-        ]
-        if step == self._evaluated or not (loss_is_due or asked):
+        stages = self._parts.stages
+        old, new = self._around(step)
+        loss_is_due, asked = self._due_at(step)
+        if not self.is_due(step):
             return
         self._evaluated = step
-        for stage in dict.fromkeys((old, new) if changes and loss_is_due else (new,)):
+        for stage in dict.fromkeys((old, new) if old.evaluated != new.evaluated and loss_is_due else (new,)):
             named = {} if len(stages.stages) == 1 else {"attention": stage.evaluated.attention}
             fields = self.losses(state, stage=stage) if loss_is_due else {}
             fields |= self._answers(state, asked, stage=stage) if stage == new else {}
             self._sink({"kind": "eval", "step": step, "tokens": self._parts.data.phases.places_before(step), **named, **fields})
         self._done()
+
+    def is_due(self, step: int) -> bool:
+        """Whether the state after so many steps is evaluated, and was not yet."""
+        loss_is_due, asked = self._due_at(step)
+        return step != self._evaluated and (loss_is_due or bool(asked))
+
+    def _due_at(self, step: int) -> tuple[bool, list[probes.Probe]]:
+        """Whether the held-out loss is due, and which other evaluations are."""
+        train = self._parts.recipe.train
+        old, new = self._around(step)
+        loss_is_due = self._parts.recipe.data.holdout > 0 and (old.evaluated != new.evaluated or self._due(step, train.eval_every))
+        asked = zip(self._probes.probes, train.evals, strict=True)
+        return loss_is_due, [probe for probe, each in asked if self._due(step, each.every or train.eval_every)]
+
+    def _around(self, step: int) -> tuple[stages_lib.Stage, stages_lib.Stage]:
+        """The stages of the step before and of the next, if there is one."""
+        after = step - 1 if step == self._parts.recipe.train.steps else step
+        return self._parts.stages.at(max(step - 1, 0)), self._parts.stages.at(max(after, 0))
 
     def _due(self, step: int, every: int | None) -> bool:
         return step in (0, self._parts.recipe.train.steps) or (every is not None and step % every == 0)
