@@ -11,7 +11,7 @@ import pathlib
 import time
 from typing import Any
 
-from v4train.cli import bench_context, bench_curriculum, bench_decode, bench_efficiency
+from v4train.cli import bench_context, bench_curriculum, bench_decode, bench_efficiency, bench_stability
 
 _STARTED = time.time()
 
@@ -49,6 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _configure_data(choices)
     bench_context.configure(choices)
     bench_curriculum.configure(choices)
+    bench_stability.configure(choices)
     bench_decode.configure(choices)
     bench_efficiency.configure(choices)
     for one in (step, memory):
@@ -108,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
         return bench_context.run(args)
     if args.what == "curriculum":
         return bench_curriculum.run(args)
+    if args.what == "stability":
+        return bench_stability.run(args)
     if args.what == "decode":
         return bench_decode.run(args)
     if args.what == "efficiency":
