@@ -125,7 +125,7 @@ class TrainConfig(base.Config):
     """Time after SIGTERM in which the last checkpoint must be written."""
     stall_seconds: float | None = pydantic.Field(default=None, ge=1)
     """Time after which a run that does not get on is ended, with a message that says which process hangs, and in what. No step,
-    evaluation, save or restore of a healthy run may take as long; compiling may. Null: it waits for ever."""
+    evaluation, save or restore of a healthy run may take as long; compiling a training step may. Null: it waits for ever."""
 
     def course(self, *, model: model_config.ModelConfig, phases: phases_lib.Phases) -> stages_lib.Stages:
         """The stages by step. ``model`` is the first; ``phases`` are the data's, which count tokens.
