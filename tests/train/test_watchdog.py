@@ -79,7 +79,7 @@ class Hook:
         self.dog, self.seen = dog, []
 
     def before(self, step, state):
-        self.seen.append(("before", step, state, self.dog.where().section))
+        self.seen.append(("before", step, state, self.dog.where().section, self.dog.where().timed))
 
     def after(self, step, report):
         self.seen.append(("after", step, report, self.dog.where().section))
@@ -90,10 +90,11 @@ def test_a_hook_under_watch_is_the_same_hook():
     hook = Hook(dog)
     watched = dog.over("save", hook, timed=False)
     watched.before(3, "state")
-    assert not dog.where().timed
+    assert dog.where().timed, "what hooks that are not watched wait for, such as the first step's result, is not the compilation"
+    assert (dog.where().section, dog.where().step) == ("step", 3)
     watched.after(4, "report")
     assert dog.where().timed
-    assert hook.seen == [("before", 3, "state", "save"), ("after", 4, "report", "reports")]
+    assert hook.seen == [("before", 3, "state", "save", False), ("after", 4, "report", "reports")]
 
 
 HELD = """

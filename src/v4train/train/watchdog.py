@@ -123,6 +123,7 @@ class _Watched:
         """The hook's."""
         self._dog.at(self._section, step, timed=self._timed)
         self._hook.before(step, state)
+        self._dog.at("step", step)  # whose result the next hooks may wait for
 
     def after(self, step: int, report: Any) -> None:
         """The hook's."""
