@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("v4train.cli.convert", "read and write open weights"),
     "generate": ("v4train.cli.generate", "continue a prompt of text, images and sound"),
     "serve": ("v4train.cli.serve", "answer requests over HTTP, with OpenAI's interface"),
+    "evaluate": ("v4train.cli.evaluate", "held-out loss, questions with choices, and needles, of a saved model"),
     "score": ("v4train.cli.score", "logits, loss and gradient norm of a checkpoint on given tokens"),
     "bench": ("v4train.cli.bench", "measure speed"),
     "report": ("v4train.cli.report", "show what a run did"),

@@ -257,15 +257,18 @@ def _logged(said: dict[str, Any], *, where: str) -> Question:
     given = said["arguments"]
     if isinstance(given, dict):
         given = [[each.get("arg_0"), each.get("arg_1")] if isinstance(each, dict) else each for each in given.values()]
-    pairs = [pair for pair in given if isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)]
+    pairs = [(str(pair[0]), str(pair[1])) for pair in given if _is_pair(pair)]
     if len(pairs) < 2 or len(pairs) != len(given) or len({context for context, _ in pairs}) != 1:
-        raise ValueError(
-            f"{where}: arguments is {_shown(said['arguments'])}; it must be two pairs or more of one context and a continuation"
-        )
+        what = _shown(said["arguments"])
+        raise ValueError(f"{where}: arguments is {what}; it must be two pairs or more of one context and a continuation")
     texts = tuple(continuation.strip() for _, continuation in pairs)
     if not all(texts):
         raise ValueError(f"{where}: arguments[{texts.index('')}] has an empty continuation; leave the line out")
     return Question(where, pairs[0][0], tuple(c for _, c in pairs), texts, _answer(said, texts=texts, labels=None, where=where))
+
+
+def _is_pair(given: Any) -> bool:
+    return isinstance(given, list) and len(given) == 2 and all(isinstance(part, str) for part in given)
 
 
 def _joint(context: str, text: str) -> str:

@@ -6,7 +6,6 @@ of training has, since those are known to fit. Probes of one shape share a compi
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -88,7 +87,7 @@ class Probes:
             _questions(each, **limits) if isinstance(each, config_lib.MultipleChoiceConfig) else _needles(each, hay=hay, **limits)
             for each in evals
         )
-        self._judge = functools.lru_cache(maxsize=16)(self._make_judge)
+        self._judges: dict[tuple[str, int, int], judge.Judge] = {}
 
     def ask(self, probe: Probe, *, model: model_config.ModelConfig, params: dict) -> Answer:
         """Asks the model.
@@ -98,10 +97,11 @@ class Probes:
             model: its config.
             params: all its parameters and buffers.
         """
-        return probe.ask(self._judge(model, probe.rows, probe.length), params)
-
-    def _make_judge(self, model: model_config.ModelConfig, rows: int, length: int) -> judge.Judge:
-        return judge.Judge(model, numerics=self._numerics, mesh=self._mesh, rows=rows, length=length)
+        key = model.model_dump_json(), probe.rows, probe.length
+        if key not in self._judges:
+            made = judge.Judge(model, numerics=self._numerics, mesh=self._mesh, rows=probe.rows, length=probe.length)
+            self._judges[key] = made
+        return probe.ask(self._judges[key], params)
 
 
 def held_out(data: pipeline.Pipeline, *, tokens: int) -> Int[np.ndarray, "n"] | None:
