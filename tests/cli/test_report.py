@@ -162,6 +162,25 @@ def test_runs_are_named_by_the_shortest_distinct_paths(write):
     assert len(runs.read_runs([paths[0], paths[0]])) == 1
 
 
+def test_evaluations_have_charts_of_their_own(write):
+    """Bits per byte by source and modality, and shares of right answers; not every record has all."""
+    asked = {"bpb/text": 2.0, "modality_bpb/image": 3.0, "questions/accuracy": 0.25, "questions/accuracy_error": 0.1}
+    needle = {"needle/right": 0.5, "needle/128/0.5/right": 1.0}
+    lines = [_eval(0, **asked), _train(1), _eval(10, **asked, **needle), {"kind": "eval", "step": 20, "tokens": 1, **needle}]
+    run = _read(write(lines))
+    found = {chart.title: chart for chart in charts.build([run]).asked}
+    assert {title: [curve.key for curve in chart.curves] for title, chart in found.items()} == {
+        "Held-out text": ["text"],
+        "Held-out text by what its documents hold": ["image"],
+        "Right answers": ["questions", "needle"],
+    }
+    np.testing.assert_array_equal(found["Right answers"].curves[1].values, [np.nan, 0.5, 0.5])
+    assert figures.of(run).held_out["text"].last == 5.5, "the last record that has a loss"
+    two = charts.build(runs.read_runs([write(lines, name="a"), write(lines, name="b")])).asked
+    assert [chart.title for chart in two][-2:] == ["Right answers: questions", "Right answers: needle"]
+    assert [curve.key for curve in two[0].curves] == ["a", "b"]
+
+
 def test_errors_name_the_path_and_the_remedy(write, tmp_path):
     with pytest.raises(ValueError, match=r"absent: no such run directory; give the directory"):
         _run(tmp_path / "absent")

@@ -28,6 +28,7 @@ class Charts:
 
     loss: list[curves.Chart]
     terms: list[curves.Chart]
+    asked: list[curves.Chart]
     training: list[curves.Chart]
     experts: list[curves.Chart]
     abscissas: list[curves.Abscissa]
@@ -35,7 +36,7 @@ class Charts:
     @property
     def all(self) -> list[curves.Chart]:
         """In the order of the page."""
-        return [*self.loss, *self.terms, *self.training, *self.experts]
+        return [*self.loss, *self.terms, *self.asked, *self.training, *self.experts]
 
 
 def build(runs: list[runs_lib.Run]) -> Charts:
@@ -48,6 +49,7 @@ def build(runs: list[runs_lib.Run]) -> Charts:
     return Charts(
         loss=_present(_loss(runs)),
         terms=_present([_by_run(runs, field, title=title, unit=unit) for field, (title, unit) in TERMS.items()]),
+        asked=_present(_asked(runs)),
         training=_present(_training(runs)),
         experts=_present(_experts(runs)),
         abscissas=abscissas,
@@ -104,6 +106,32 @@ def _by_run(runs: list[runs_lib.Run], field: str, *, title: str, unit: str, smoo
         label = run.name if len(runs) > 1 else title.lower()
         every += _logged(run, field, number=i, key=run.name, style=i, label=label, smoothed=smoothed)
     return curves.chart(title, unit=unit, curves=every, **options)
+
+
+def _asked(runs: list[runs_lib.Run]) -> list[curves.Chart | None]:
+    """Of the evaluations: bits per byte, and shares of right answers; a chart a group, or with several runs a chart a quantity."""
+    fields = list(dict.fromkeys(name for run in runs for name in run.evaluation.columns))
+    shares = [name for name in fields if name.count("/") == 1 and name.endswith(("/accuracy", "/right"))]
+    groups = (
+        ("Held-out text", "bits per byte", [name for name in fields if name.startswith("bpb/")]),
+        ("Held-out text by what its documents hold", "bits per byte", [name for name in fields if name.startswith("modality_bpb/")]),
+        ("Right answers", "share", shares),
+    )
+
+    def curve(run: runs_lib.Run, field: str, *, number: int, key: str, style: int) -> curves.Curve:
+        return curves.Curve(key, key, style, "marked", 3 * number + 1, run.evaluation.column(field))
+
+    charts = []
+    for title, unit, names in groups:
+        short = {name: name.partition("/")[0 if unit == "share" else 2] for name in names}
+        if len(runs) == 1:
+            every = [curve(runs[0], name, number=0, key=short[name], style=i) for i, name in enumerate(names)]
+            charts.append(curves.chart(title, unit=unit, curves=every, from_zero=unit == "share"))
+        else:
+            for name in names:
+                every = [curve(run, name, number=i, key=run.name, style=i) for i, run in enumerate(runs)]
+                charts.append(curves.chart(f"{title}: {short[name]}", unit=unit, curves=every, from_zero=unit == "share"))
+    return charts
 
 
 def _training(runs: list[runs_lib.Run]) -> list[curves.Chart | None]:

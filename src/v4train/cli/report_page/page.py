@@ -15,7 +15,13 @@ def write(runs: list[runs_lib.Run]) -> str:
     title = runs[0].name if len(runs) == 1 else ", ".join(run.name for run in runs)
     top = _single(runs[0], known=known[0]) if len(runs) == 1 else _several(runs, known=known)
     sections, number = [], 0
-    for heading, part in (("Loss", drawn.loss), ("Terms of the objective", drawn.terms), ("Optimisation and speed", drawn.training)):
+    parts = (
+        ("Loss", drawn.loss),
+        ("Terms of the objective", drawn.terms),
+        ("Evaluations", drawn.asked),
+        ("Optimisation and speed", drawn.training),
+    )
+    for heading, part in parts:
         sections.append(frame.section(heading, _grid(part, first=number, drawn=drawn, choices=choices)))
         number += len(part)
     maps = "".join(
