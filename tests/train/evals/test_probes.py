@@ -42,8 +42,8 @@ def file(tmp_path):
     return path
 
 
-def parts_with(data, evals, **changes):
-    recipe = tiny.recipe(data, train={**tiny.values(data, data)["train"], "evals": evals, **changes.pop("train", {})}, **changes)
+def parts_with(stores, evals, **changes):
+    recipe = tiny.recipe(stores, train={**tiny.values(stores, stores)["train"], "evals": evals, **changes.pop("train", {})}, **changes)
     return build.parts(recipe)
 
 
@@ -76,7 +76,7 @@ def test_what_is_due_at_a_step_is_one_record(data, file, made):
     assert found[0]["needle/100/1/nats"] == 6.0
     assert all(r["tokens"] == 512 * r["step"] for r in found)
     # Rows of 64 for questions; of 120 for needles, as many as fit into the places of a batch; made once, not at each step.
-    assert [(rows, length) for _, rows, length in made] == [(1, 64), (4, 120)]
+    assert [(rows, length) for _, rows, length in made] == [(2, 64), (4, 120)]
 
 
 def test_nothing_is_held_out_but_something_is_asked(data, file, made):
