@@ -24,7 +24,7 @@ QUESTIONS = (
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     small = ("model.layers=[{pattern: [csa]}]", "model.moe.hash_layers=1", "model.audio=null", "data.max_audio_frames=0")
-    only_text = ("data.sources=[{name: text, path: data/demo/text, weight: 1}]", "train.batch_rows=4")
+    only_text = ("data.sources=[{name: text, path: data/demo/text, weight: 1}]", "train.batch_rows=4", "mesh.expert=1", "mesh.fsdp=1")
     made = steps.recipe("configs/tiny.yaml", *small, *only_text)
     directory = tmp_path_factory.mktemp("runs") / "mine"
     steps.write(directory, made, steps.values(made.model))
