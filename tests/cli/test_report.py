@@ -169,11 +169,8 @@ def test_evaluations_have_charts_of_their_own(write):
     lines = [_eval(0, **asked), _train(1), _eval(10, **asked, **needle), {"kind": "eval", "step": 20, "tokens": 1, **needle}]
     run = _read(write(lines))
     found = {chart.title: chart for chart in charts.build([run]).asked}
-    assert {title: [curve.key for curve in chart.curves] for title, chart in found.items()} == {
-        "Held-out text": ["text"],
-        "Held-out text by what its documents hold": ["image"],
-        "Right answers": ["questions", "needle"],
-    }
+    keys = {"Held-out text": ["text"], "Held-out text by what its documents hold": ["image"], "Right answers": ["questions", "needle"]}
+    assert {title: [curve.key for curve in chart.curves] for title, chart in found.items()} == keys
     np.testing.assert_array_equal(found["Right answers"].curves[1].values, [np.nan, 0.5, 0.5])
     assert figures.of(run).held_out["text"].last == 5.5, "the last record that has a loss"
     two = charts.build(runs.read_runs([write(lines, name="a"), write(lines, name="b")])).asked
