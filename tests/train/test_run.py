@@ -376,13 +376,14 @@ def test_a_skipped_step_is_said_and_counted(capsys):
     )
     names = ("loss", "text", "text_weight", "mtp", "balance", "indexer", "grad_norm", "finite", "tokens", "load", "late", "dropped")
     values = (np.nan, np.array([1.0]), np.array([0.0]), 1.0, 1.0, 1.0, np.inf, np.array(False), 10.0, np.ones((1, 3, 2)), 3.0, 1.5)
-    hook.after(4, types.SimpleNamespace(**dict(zip(names, values, strict=True))))
+    hook.after(4, types.SimpleNamespace(**dict(zip(names, values, strict=True)), index_recall=np.array([0.5, np.nan])))
     assert seen[0]["skipped"] == 4
     assert seen[0]["seconds"] > 5
     assert "loss/a" not in seen[0]
     assert said == [(4, np.inf)]
     assert (seen[0]["experts/late"], seen[0]["experts/dropped"]) == (3 / 6, 1.5 / 6)
     assert seen[0]["mfu"] == pytest.approx(seen[0]["tokens_per_second"] * 2 / 1e3)
+    assert (seen[0]["index_recall"], seen[0]["index_recall_possible"]) == (0.5, None)
 
 
 def test_values_that_are_not_finite_are_null_and_a_torn_line_is_cut(tmp_path):
