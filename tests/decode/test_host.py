@@ -99,6 +99,16 @@ def test_damage_in_the_file_is_named(tmp_path):
     assert made.swap.statistics().damaged == PAGES - 1
 
 
+def test_a_disk_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    made = pool(tmp_path, segments=1)
+    rng = np.random.default_rng(0)
+    for page in range(2):
+        made.write(1, np.full(4, page), np.arange(4), rows(rng, 4))
+    monkeypatch.setattr(os, "pread", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    assert not any(x.any() for x in made.read(1, np.full(4, 0), np.arange(4)).values())
+    assert (made.damaged, made.swap.statistics().damaged) == ({0}, 1)
+
+
 @pytest.mark.parametrize("reason", ["limit", "error"])
 def test_without_room_on_the_disk_memory_takes_all(tmp_path, reason, monkeypatch, caplog):
     made = pool(tmp_path, segments=5, swap=3 if reason == "limit" else 1000)

@@ -45,6 +45,16 @@ def counts(**options) -> np.ndarray:
     return np.bincount(np.asarray(chosen.tokens), minlength=VOCAB)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-38, 1e-37, 1e-6])
+def test_a_temperature_too_low_to_divide_by_is_greedy(temperature):
+    """Quotients would be infinite for several tokens, of which the first would be taken."""
+    best = int(LOGITS.argmax())
+    assert (LOGITS[0, :best] > 0).any()
+    for options in ({}, {"top_k": 3}, {"top_p": 0.9}):
+        found = sample(LOGITS, knobs=knobs(temperature=temperature, **options), positions=np.zeros(1, np.int32))
+        assert int(found.tokens[0]) == best
+
+
 CASES = [{}, {"temperature": 0.5}, {"temperature": 2.0, "top_k": 5}, {"top_p": 0.8}, {"temperature": 1.5, "top_k": 12, "top_p": 0.7}]
 
 

@@ -111,6 +111,15 @@ def test_text_is_never_control(tokenizer, attack):
         assert set(text.tolist()).isdisjoint(tokenizer.control_tokens().values())
 
 
+def test_a_conversation_may_have_every_character_there_is(tokenizer):
+    """Whoever sends all characters that marks are taken from is told so; all but two of them are text."""
+    ours = templates.JinjaTemplate(CHATML, tokenizer=tokenizer)
+    plane = "".join(map(chr, range(*templates._MARKS)))
+    with pytest.raises(ValueError, match="has every character of a plane of private use"):
+        ours.render(turns(plane), options={})
+    assert any(plane[2:] in piece for piece in ours.render(turns(plane[2:]), options={}) if isinstance(piece, str))
+
+
 def test_text_does_not_complete_what_a_template_begins(tokenizer):
     """``<|`` and ``|>`` of the template around a text that is ``end``."""
     ours = templates.JinjaTemplate("{{ '<|' + messages[0].content + '|>' }}", tokenizer=tokenizer)

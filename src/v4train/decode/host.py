@@ -80,10 +80,14 @@ class Swap:
         self._counts[0] += 1
 
     def read(self, segment: int) -> bytes | None:
-        """A segment; None if it is not what was written."""
+        """A segment; None if it is not what was written, or cannot be read."""
         place, expected = self._places[segment]
-        data = os.pread(self._file, self._size, place * self._size)
         self._counts[1] += 1
+        try:
+            data = os.pread(self._file, self._size, place * self._size)
+        except OSError as error:
+            _log.warning("entries cannot be read from the disk (%s): they are computed again", error)
+            data = b""
         if len(data) == self._size and self._sum(data) == expected:
             return data
         self._counts[2] += 1

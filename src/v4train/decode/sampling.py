@@ -9,6 +9,8 @@ The limits leave out tokens before the draw, in the order that is customary: tem
 set of the most likely of these whose mass reaches ``top_p``. Of equally likely tokens the lower id comes first, in a greedy choice too. The
 sort that the limits need runs only if a row asks for limits, and the noise is made only if a row draws.
 
+A temperature below `LEAST` is greedy: logits divided by it would overflow, and the lowest id would win instead of the most likely.
+
 Log-probabilities are the model's own: before temperature and limits.
 """
 
@@ -19,12 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+LEAST = 1e-5
+"""The lowest temperature that draws."""
+
 
 class Knobs(NamedTuple):
     """How each row is sampled.
 
     Attributes:
-        temperature: 0 takes the most likely token.
+        temperature: below `LEAST`, as 0 is, takes the most likely token.
         top_k: tokens that may be drawn; 0: all.
         top_p: mass that may be drawn; 1: all.
         seed: low and high word.
@@ -52,7 +57,7 @@ def sample(logits: Float[Array, "b v"], *, knobs: Knobs, positions: Int[Array, "
         positions: in its sequence, of the token that is chosen.
     """
     greedy = jnp.argmax(logits, axis=-1)
-    draws = knobs.temperature > 0
+    draws = knobs.temperature >= LEAST
 
     def draw() -> Array:
         kept = jnp.where(allowed(logits, knobs=knobs), _scaled(logits, knobs), -jnp.inf)
@@ -78,7 +83,7 @@ def best(logits: Float[Array, "b v"], *, count: int) -> Chosen:
 
 def allowed(logits: Float[Array, "b v"], *, knobs: Knobs) -> Bool[Array, "b v"]:
     """Which tokens a row's limits leave."""
-    limited = (knobs.temperature > 0) & ((knobs.top_k > 0) | (knobs.top_p < 1))
+    limited = (knobs.temperature >= LEAST) & ((knobs.top_k > 0) | (knobs.top_p < 1))
 
     def limits() -> Array:
         scaled = _scaled(logits, knobs)
@@ -97,7 +102,7 @@ def allowed(logits: Float[Array, "b v"], *, knobs: Knobs) -> Bool[Array, "b v"]:
 
 
 def _scaled(logits: Array, knobs: Knobs) -> Array:
-    return logits / jnp.where(knobs.temperature > 0, knobs.temperature, 1.0)[:, None]
+    return logits / jnp.where(knobs.temperature >= LEAST, knobs.temperature, 1.0)[:, None]
 
 
 def _noise(seed: UInt32[Array, "2"], position: Int[Array, ""], size: int) -> Float[Array, "v"]:

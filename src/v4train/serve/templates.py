@@ -23,6 +23,7 @@ look like a turn.**
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -145,8 +146,10 @@ class JinjaTemplate(Template):
         if taken:
             raise ValueError(f"{', '.join(taken)}: the server sets these itself")
         texts = [*_texts([turn.parts for turn in turns]), *_texts([turn.name for turn in turns]), *_texts(options)]
-        unused = (chr(code) for code in range(*_MARKS) if not any(chr(code) in text for text in texts))
-        mark, frame = next(unused), next(unused)
+        used = set().union(*texts)
+        mark, frame, *_ = [*itertools.islice((chr(code) for code in range(*_MARKS) if chr(code) not in used), 2), "", ""]
+        if not frame:
+            raise ValueError("the conversation has every character of a plane of private use: none is left to keep texts apart")
         media: list[record.Media] = []
         messages = []
         for turn in turns:
