@@ -14,12 +14,6 @@ MODEL = small.config(layers=[{"pattern": ["window"], "repeat": 2}, {"pattern": [
 LENGTH = 75
 
 
-@pytest.fixture(scope="module", autouse=True)
-def precise():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def params():
     return small.parameters(MODEL)

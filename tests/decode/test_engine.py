@@ -20,12 +20,6 @@ LENGTH = 64
 SAMPLE = jax.jit(sampling.sample)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def precise():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def params():
     return small.parameters(MODEL)

@@ -1,18 +1,11 @@
 """Decoding the golden cases: logits and greedy tokens of the public PyTorch class. `tests.model.test_golden` tells of ties."""
 
-import jax
 import numpy as np
 import pytest
 
 from tests.decode import sequences
 from tests.model import golden, test_golden
 from v4train.decode import prompt as prompt_lib
-
-
-@pytest.fixture(scope="module", autouse=True)
-def precise():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def decoder(name: str):

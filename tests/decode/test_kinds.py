@@ -14,12 +14,6 @@ PARAMS = small.parameters(MODEL)
 PROMPT = sequences.text(60)
 
 
-@pytest.fixture(autouse=True)
-def precise():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 def decoded(model=MODEL, **config) -> np.ndarray:
     decoder = sequences.decoder(model, PARAMS, slots=2, **config)
     cache, first = sequences.prefill(decoder, decoder.empty(), PROMPT, slot=1, pieces=[16, 16, 9])

@@ -1,6 +1,5 @@
 """With the released compression ratios and window, around their boundaries; and for long sequences."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,12 +15,6 @@ MODEL = small.config(
     mtp=None,
 )
 SIZES = {"slots": 2, "max_length": 5120, "prefill_chunk": 64, "page_tokens": 256}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def precise():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,6 @@ SIZES = {"max_length": 64, "prefill_chunk": 8, "pages": 10}
 SAMPLE = jax.jit(sampling.sample)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def precise():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def params():
     return small.parameters(MODEL)
