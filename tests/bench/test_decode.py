@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.model import small
-from v4train.bench.decode import filled, memory, needle, quality, report, speed
+from v4train.bench.decode import filled, latency, memory, million, needle, quality, report, speed
 from v4train.cli import main
 from v4train.core import param
 from v4train.data import store
@@ -79,7 +79,54 @@ def test_speed_reports_every_mode(loaded):
     assert [("scan" in row["modes"][mode]) for mode in filled.MODES] == [False, False, True, True]
     assert [step["sequences"] for step in result["steps"]] == [2, 1]
     assert (result["steps"][1]["growth"]["from"], result["steps"][1]["growth"]["to"]) == (256, 512)
+    assert all(set(row["cpu"]) == set(row["modes"]) for step in result["steps"] for row in step["rows"])
     assert "fp8 vs dense bf16" in report.speed(result)
+    assert "in seconds of a core" in report.speed(result)
+
+
+def test_latency_has_every_tier(loaded, monkeypatch):
+    pytest.importorskip("google_crc32c")
+    monkeypatch.setattr(million, "model", lambda *, tokens: loaded.model)
+    modes = ("sparse-fp8", "sparse-fp8 host", "sparse-fp8 disk")
+    measured = {
+        "lengths": (4096, 8192),
+        "prompt_lengths": (4096, 8192),
+        "modes": modes,
+        "hot": 16,
+        "rounds": 2,
+        "chunk": 1024,
+        "say": lambda _: None,
+    }
+    result = latency.measure(loaded.model, **measured)
+    for row in result["lengths"]:
+        plain, host, disk = (row["modes"][mode]["bytes"] for mode in modes)
+        assert plain["device"] > host["device"] == disk["device"]
+        segments = row["length"] // 256  # of the only layer, filled
+        assert host["host"] == segments * plain_entries(loaded.model)
+        assert disk["host"] == host["host"] // 4
+        assert disk["host"] + disk["disk"] >= host["host"], "what has no room in memory lies in the file"
+        assert 0 <= row["modes"]["sparse-fp8 host"]["hot"] <= 1
+    short, long = (row["modes"]["sparse-fp8"]["first_token_seconds"] for row in result["lengths"])
+    assert 0 < short < long
+    assert "sparse-fp8 disk" in report.latency(result)
+    with pytest.raises(ValueError, match="give multiples of the chunk"):
+        latency.measure(loaded.model, **measured | {"prompt_lengths": (1000,)})
+
+
+def plain_entries(model) -> int:
+    """Bytes of a page's entries in one layer."""
+    a = model.attention
+    return 64 * ((a.head_dim - a.rope_dim) + 2 * a.rope_dim + 8)
+
+
+def test_tiers_that_change_a_logit_are_said(loaded, monkeypatch):
+    pytest.importorskip("google_crc32c")
+    monkeypatch.setattr(million, "model", lambda *, tokens: loaded.model)
+    given = {mode: np.array([float(i)]) for i, mode in enumerate(latency.MODES)}
+    monkeypatch.setattr(latency, "first_token", lambda *_, mode, **__: ({256: 1.0}, given[mode]))
+    monkeypatch.setattr(latency, "per_token", lambda *_, **__: {mode: {} for mode in latency.MODES})
+    with pytest.raises(ValueError, match="sparse-bf16 host: the logits after 256 tokens are not those of sparse-bf16"):
+        latency.measure(loaded.model, lengths=(256,), prompt_lengths=(256,), rounds=1, chunk=256, say=lambda _: None)
 
 
 @pytest.mark.slow  # three decoders, two minutes on a busy machine

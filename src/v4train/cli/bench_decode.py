@@ -1,4 +1,4 @@
-"""``v4train bench decode <what>``: memory, speed and quality of decoding."""
+"""``v4train bench decode <what>``: memory, speed, latency and quality of decoding."""
 
 import argparse
 import importlib
@@ -33,6 +33,17 @@ def configure(choices: Any) -> None:
     speed.add_argument("--batch", type=int, default=16, metavar="N", help="sequences of a step (default: 16)")
     speed.add_argument("--rounds", type=int, default=9, metavar="N", help="turns; medians are printed (default: 9)")
     speed.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="change the model; may be repeated")
+    latency = kinds.add_parser(
+        "latency", help="memory by tier, time per token and to the first token, with and without tiers", allow_abbrev=False
+    )
+    latency.add_argument("--lengths", metavar="N,N", default="4096,32768,131072", help="tokens (default: %(default)s)")
+    latency.add_argument(
+        "--prompts", metavar="N,N", default="4096,32768", help="of these, lengths of prompts; none: not (default: %(default)s)"
+    )
+    latency.add_argument("--hot-entries", type=int, default=1024, metavar="N", help="of a layer on the device, with tiers (default: 1024)")
+    latency.add_argument("--rounds", type=int, default=7, metavar="N", help="steps; medians are printed (default: 7)")
+    latency.add_argument("--chunk", type=int, default=2048, metavar="N", help="tokens of a prompt at a time (default: 2048)")
+    latency.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="change the model; may be repeated")
     quality = kinds.add_parser("quality", help="perplexity, index recall and needles with an fp8 cache", allow_abbrev=False)
     quality.add_argument("--config", metavar="RECIPE", default=_NEEDLE, help="of the run (default: %(default)s)")
     quality.add_argument("--run", metavar="DIR", help="a trained run (default: that of the recipe; the needle model is trained first)")
@@ -43,7 +54,7 @@ def configure(choices: Any) -> None:
     million.add_argument("--tokens", type=int, default=2**20, metavar="N", help="of the prompt (default: 1048576)")
     million.add_argument("--chunk", type=int, default=2048, metavar="N", help="tokens that are processed at a time (default: 2048)")
     million.add_argument("--directory", metavar="DIR", help="for the disk tier, empty (default: a temporary directory)")
-    for one in (memory, speed, quality, million):
+    for one in (memory, speed, latency, quality, million):
         one.add_argument("--json", action="store_true", help="print JSON instead of a table")
         one.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the stack trace of an error")
 
@@ -55,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a mistake in the arguments, or a model that cannot be measured.
     """
     acts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]]
-    acts = {"memory": _memory, "speed": _speed, "quality": _quality, "million": _million}
+    acts = {"memory": _memory, "speed": _speed, "latency": _latency, "quality": _quality, "million": _million}
     machine = importlib.import_module("v4train.bench.machine")
     before = machine.load_average()
     result = acts[args.decode](args)
@@ -78,6 +89,14 @@ def _speed(args: argparse.Namespace) -> dict[str, Any]:
     filled, speed = (importlib.import_module(f"v4train.bench.decode.{name}") for name in ("filled", "speed"))
     lengths = {name: _lengths(getattr(args, name)) for name in ("lengths", "step_lengths", "growth_lengths")}
     return speed.measure(filled.model(overrides=args.overrides), **lengths, batch=args.batch, rounds=args.rounds, say=_say)
+
+
+def _latency(args: argparse.Namespace) -> dict[str, Any]:
+    filled, latency = (importlib.import_module(f"v4train.bench.decode.{name}") for name in ("filled", "latency"))
+    model, lengths, prompts = filled.model(overrides=args.overrides), _lengths(args.lengths), _lengths(args.prompts)
+    return latency.measure(
+        model, lengths=lengths, prompt_lengths=prompts, hot=args.hot_entries, rounds=args.rounds, chunk=args.chunk, say=_say
+    )
 
 
 def _quality(args: argparse.Namespace) -> dict[str, Any]:

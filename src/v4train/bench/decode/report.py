@@ -35,16 +35,34 @@ def speed(result: dict[str, Any]) -> str:
             lines.append(f"{row['length']:>10,}" + "".join(f"{cell:>20}" for cell in cells) + f"{row['speedup']:>19.2f}x")
     for step in result["steps"]:
         modes = list(step["rows"][0]["modes"])
-        lines.append(f"whole decode step of {step['sequences']} sequence(s), ms")
+        lines.append(f"whole decode step of {step['sequences']} sequence(s), ms (of a core)")
         lines.append(f"{'tokens':>10}" + "".join(f"{mode:>20}" for mode in modes))
         for row in step["rows"]:
-            lines.append(f"{row['length']:>10,}" + "".join(f"{row['modes'][mode]:>20.1f}" for mode in modes))
+            cells = (f"{row['modes'][mode]:,.1f} ({row['cpu'][mode]:,.1f})" for mode in modes)
+            lines.append(f"{row['length']:>10,}" + "".join(f"{cell:>20}" for cell in cells))
         growth = step["growth"]
         if growth is not None:
             lines.append(
                 f"sparse-fp8 from {growth['from']:,} to {growth['to']:,} tokens: {growth['whole'] - 1:+.1%}, "
-                f"without the scan of the index {growth['without_scan'] - 1:+.1%}"
+                f"without the scan of the index {growth['without_scan'] - 1:+.1%}; in seconds of a core "
+                f"{growth['whole_cpu'] - 1:+.1%} and {growth['without_scan_cpu'] - 1:+.1%}"
             )
+    return "\n".join(lines)
+
+
+def latency(result: dict[str, Any]) -> str:
+    """Bytes by tier and times by length and mode."""
+    lines = [
+        "one sequence: a step of two of V4-Flash's layers (CSA, HCA), bytes of their cache; first token in a model of small widths",
+        f"{'tokens':>10}  {'cache':<18}{'device MB':>10}{'host MB':>9}{'disk MB':>9}"
+        f"{'ms a token':>12}{'of a core':>11}{'found hot':>11}{'first, s':>10}",
+    ]
+    for row in result["lengths"]:
+        for mode, one in row["modes"].items():
+            sizes = "".join(f"{one['bytes'].get(name, 0) / 1e6:>{width}.1f}" for name, width in (("device", 10), ("host", 9), ("disk", 9)))
+            hot = f"{one['hot']:.0%}" if "hot" in one else ""
+            first = f"{one['first_token_seconds']:.2f}" if "first_token_seconds" in one else ""
+            lines.append(f"{row['length']:>10,}  {mode:<18}{sizes}{one['ms']:>12.1f}{one['cpu_ms']:>11.1f}{hot:>11}{first:>10}")
     return "\n".join(lines)
 
 

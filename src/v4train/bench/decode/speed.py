@@ -12,7 +12,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,17 +42,30 @@ def csa_layer(model: model_config.ModelConfig) -> tuple[str, str, model_config.C
     raise ValueError("the model has no CSA layer whose phase is sparse: there is nothing to select")
 
 
-def medians(calls: dict[str, Callable[[], Any]], *, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each call, after one that warms up; the calls take turns."""
+class Times(NamedTuple):
+    """Median milliseconds of each call: those that pass, and those that the process has a core. Where others compute too, the latter tell
+    more."""
+
+    wall: dict[str, float]
+    cpu: dict[str, float]
+
+
+def times(calls: dict[str, Callable[[], Any]], *, rounds: int) -> Times:
+    """Of each call, after one that warms up; the calls take turns."""
     for call in calls.values():
         jax.block_until_ready(call())
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             jax.block_until_ready(call())
-            times[name].append((time.perf_counter() - started) * 1e3)
-    return {name: round(statistics.median(each), 3) for name, each in times.items()}
+            found[name].append((time.perf_counter() - started[0], time.process_time() - started[1]))
+    return Times(*({name: round(statistics.median(one[i] for one in each) * 1e3, 3) for name, each in found.items()} for i in (0, 1)))
+
+
+def medians(calls: dict[str, Callable[[], Any]], *, rounds: int) -> dict[str, float]:
+    """The milliseconds of `times` that pass."""
+    return times(calls, rounds=rounds).wall
 
 
 def attention_path(model: model_config.ModelConfig, *, length: int, modes: Iterable[str], rounds: int) -> dict[str, dict[str, float]]:
@@ -93,8 +106,11 @@ def attention_path(model: model_config.ModelConfig, *, length: int, modes: Itera
         whole[mode] = functools.partial(jax.jit(attend), query, keys, entries, keys_of_index, pages)
         if keys_of_index is not None:
             scan[mode] = functools.partial(jax.jit(select), index_query, index_weight, keys_of_index, pages)
-    times, scans = medians(whole, rounds=rounds), medians(scan, rounds=rounds)
-    return {mode: {"attention": times[mode]} | ({"scan": scans[mode]} if mode in scans else {}) for mode in times}
+    wholes, scans = medians(whole, rounds=rounds), times(scan, rounds=rounds)
+    return {
+        mode: {"attention": wholes[mode]} | ({"scan": scans.wall[mode], "scan_cpu": scans.cpu[mode]} if mode in scan else {})
+        for mode in wholes
+    }
 
 
 class Stepper:
@@ -116,18 +132,20 @@ class Stepper:
 
 def step(
     model: model_config.ModelConfig, params: dict, *, lengths: Iterable[int], modes: Iterable[str], slots: int, rounds: int
-) -> dict[int, dict[str, float]]:
-    """Milliseconds of a whole decode step of ``slots`` sequences, by length and mode. A context ends a few tokens before its length, so
-    that the steps fit into it."""
+) -> dict[int, dict[str, dict[str, float]]]:
+    """Milliseconds of a whole decode step of ``slots`` sequences by length, clock (``modes``: those that pass, ``cpu``: of a core) and
+    mode. A context ends a few tokens before its length, so that the steps fit into it."""
     steppers = {}
     for length in lengths:
         for mode in modes:
             decoder = filled.decoder(model, params, filled.config(mode, length=length, slots=slots))
             steppers[f"{length}/{mode}"] = Stepper(decoder, length=length - rounds - 1)
-    found: dict[int, dict[str, float]] = {}
-    for name, time_ in medians(steppers, rounds=rounds).items():
-        length, _, mode = name.partition("/")
-        found.setdefault(int(length), {})[mode] = time_
+    found: dict[int, dict[str, dict[str, float]]] = {}
+    measured = times(steppers, rounds=rounds)
+    for clock, values in (("modes", measured.wall), ("cpu", measured.cpu)):
+        for name, value in values.items():
+            length, _, mode = name.partition("/")
+            found.setdefault(int(length), {}).setdefault(clock, {})[mode] = value
     return found
 
 
@@ -164,22 +182,24 @@ def measure(
         rows = []
         for length in step_lengths:
             say(f"step of {batch} sequences at {length:,} tokens")
-            rows.append(
-                {"length": length, "modes": step(model, params, lengths=(length,), modes=_PAIR, slots=batch, rounds=rounds)[length]}
-            )
+            rows.append({"length": length} | step(model, params, lengths=(length,), modes=_PAIR, slots=batch, rounds=rounds)[length])
         steps.append({"sequences": batch, "rows": rows, "growth": None})
     if growth_lengths:
         say("step of 1 sequence at " + ", ".join(f"{length:,}" for length in growth_lengths) + " tokens")
-        times = step(model, params, lengths=growth_lengths, modes=("sparse-fp8",), slots=1, rounds=rounds)
-        rows = [{"length": length, "modes": modes} for length, modes in times.items()]
-        steps.append({"sequences": 1, "rows": rows, "growth": _growth(model, times, rounds=rounds)})
+        found = step(model, params, lengths=growth_lengths, modes=("sparse-fp8",), slots=1, rounds=rounds)
+        rows = [{"length": length} | clocks for length, clocks in found.items()]
+        steps.append({"sequences": 1, "rows": rows, "growth": _growth(model, found, rounds=rounds)})
     return {"attention": paths, "steps": steps}
 
 
-def _growth(model: model_config.ModelConfig, times: dict[int, dict[str, float]], *, rounds: int) -> dict[str, Any]:
-    """How a step grows from the shortest to the longest context, with the scan of the index and without."""
-    first, last = min(times), max(times)
-    scans = {n: attention_path(model, length=n, modes=("sparse-fp8",), rounds=rounds)["sparse-fp8"]["scan"] for n in (first, last)}
-    whole = {n: times[n]["sparse-fp8"] for n in (first, last)}
-    rest = {n: whole[n] - scans[n] for n in whole}
-    return {"from": first, "to": last, "scan": scans, "whole": whole[last] / whole[first], "without_scan": rest[last] / rest[first]}
+def _growth(model: model_config.ModelConfig, found: dict[int, dict[str, dict[str, float]]], *, rounds: int) -> dict[str, Any]:
+    """How a step grows from the shortest to the longest context, with the scan of the index and without, by both clocks."""
+    first, last = min(found), max(found)
+    scans = {n: attention_path(model, length=n, modes=("sparse-fp8",), rounds=rounds)["sparse-fp8"] for n in (first, last)}
+    grown: dict[str, Any] = {"from": first, "to": last}
+    for clock, scan, end in (("modes", "scan", ""), ("cpu", "scan_cpu", "_cpu")):
+        whole = {n: found[n][clock]["sparse-fp8"] for n in (first, last)}
+        rest = {n: whole[n] - scans[n][scan] for n in whole}
+        grown[scan] = {n: scans[n][scan] for n in scans}
+        grown |= {f"whole{end}": whole[last] / whole[first], f"without_scan{end}": rest[last] / rest[first]}
+    return grown
