@@ -87,7 +87,7 @@ def test_a_crossing_lies_on_the_line_in_the_logarithm_of_the_tokens():
     found = analysis.crossing(points, goal=3.0 - 0.4 * math.log(0.6))
     assert (found.tokens, found.bound) == (pytest.approx(0.6), "")
     assert analysis.slope(points) == pytest.approx(-0.4)
-    assert analysis.by_slope(3.1, goal=3.0, per_log=-0.4).tokens == pytest.approx(math.exp(0.25))
+    assert analysis.moved(found, above=0.1, per_log=-0.4).tokens == pytest.approx(0.6 * math.exp(0.25))
 
 
 def test_nothing_is_extrapolated():
@@ -116,7 +116,8 @@ def test_the_summary_of_made_up_losses(costs):
     assert row["bound"] == ""
     assert row["compute"] == pytest.approx(share * ratio, rel=0.01)
     assert [one["compute"] for one in row["by_seed"].values()] == pytest.approx([row["compute"]] * 2, rel=1e-6)
-    expected = math.exp(0.25) * costs["no_muon"].total / costs["baseline"].total
+    assert result["arms"]["no_muon"]["above_v4"] == pytest.approx(0.2)
+    expected = row["tokens"] * math.exp(0.5) * costs["no_muon"].total / costs["baseline"].total
     assert result["arms"]["no_muon"]["compute"] == pytest.approx(expected, rel=1e-6)
     assert result["arms"]["no_muon"]["bound"] == "about"
     text = report.table(json.loads(json.dumps(result)))

@@ -25,6 +25,7 @@ PAGES = (
     "docs/claims.md",
     "docs/cluster.md",
     "docs/data.md",
+    "docs/efficiency.md",
     "docs/evaluation.md",
     "docs/generate.md",
     "docs/open_weights.md",

@@ -4,8 +4,9 @@
 these losses, straight between neighbours in the logarithm of the tokens, crosses the baseline's final loss is the share of tokens that V4
 needs. Beyond the shortest and the longest run nothing is extrapolated: the share is then only known to be below or above theirs.
 
-*Estimated, for V4 with an ingredient left out*: such an arm was trained with all tokens only. Its final loss is turned into a share of
-tokens by V4's slope (least squares over all its runs), as if leaving something out moved the line without turning it.
+*Estimated, for V4 with an ingredient left out*: such an arm was trained with all tokens only. How far its final loss lies above V4's of
+the same seeds is turned into a factor on V4's share by V4's slope (least squares over all its runs), as if leaving something out moved the
+line without turning it.
 
 A share of tokens times the FLOPs of one token, relative to the baseline's, is the share of compute. All of it counts, the optimizer's too.
 """
@@ -57,9 +58,9 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
     return statistics.linear_regression(logs, [loss for _, loss in points]).slope
 
 
-def by_slope(loss: float, *, goal: float, per_log: float) -> Share:
-    """The share of tokens at which a run with this loss at all tokens would have reached the goal."""
-    return Share(math.exp((goal - loss) / per_log), "about")
+def moved(share: Share, *, above: float, per_log: float) -> Share:
+    """The share of tokens for the same goal when the whole line lies ``above`` by so many nats."""
+    return Share(share.tokens * math.exp(-above / per_log), "about")
 
 
 def summarise(results: Sequence[training.Result], costs: dict[str, cost.Cost], *, steps: int = arms.STEPS) -> dict[str, Any]:
@@ -80,14 +81,16 @@ def summarise(results: Sequence[training.Result], costs: dict[str, cost.Cost], *
     goal = rows["baseline"]["mean"]
     points = [(share, statistics.mean(losses.values())) for share, losses in _budgets(results, steps).items()]
     found["goal"], found["budgets"] = goal, [{"share": share, "loss": loss} for share, loss in points]
-    _add(rows["v4"], crossing(points, goal=goal), costs, "v4")
+    share = crossing(points, goal=goal)
+    _add(rows["v4"], share, costs, "v4")
     rows["v4"]["by_seed"] = _seeds(results, full["baseline"], costs, steps)
-    if len(points) > 1:
+    if len(points) > 1 and not share.bound:
         found["slope"] = slope(points)
         for arm in (name for name in arms.LEFT_OUT if name in rows):
-            _add(rows[arm], by_slope(rows[arm]["mean"], goal=goal, per_log=found["slope"]), costs, arm)
-        whole = by_slope(rows["v4"]["mean"], goal=goal, per_log=found["slope"])
-        found["v4_by_slope"] = whole.tokens * costs["v4"].total / costs["baseline"].total
+            pairs = [loss - full["v4"][seed] for seed, loss in full[arm].items() if seed in full["v4"]]
+            if pairs:
+                rows[arm]["above_v4"] = statistics.mean(pairs)
+                _add(rows[arm], moved(share, above=rows[arm]["above_v4"], per_log=found["slope"]), costs, arm)
     return found
 
 

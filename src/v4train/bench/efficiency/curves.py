@@ -6,8 +6,8 @@ from typing import Any
 
 from v4train.bench.efficiency import arms
 
-_WIDTH, _HEIGHT = 760, 460
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 250, 24, 50
+_WIDTH, _HEIGHT = 820, 460
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 300, 24, 50
 _COLORS = ("#1f6feb", "#24292f", "#d1242f", "#8250df", "#bf8700", "#1a7f37", "#6e7781")
 
 
@@ -18,7 +18,7 @@ def picture(result: dict[str, Any]) -> str:
     points = [point for curve in curves.values() for point in curve]
     most = max(x for x, _ in points)
     low = min(y for _, y in points)
-    high = min(max(y for _, y in points), low + 1.6)
+    high = min(max(y for _, y in points), low + 1.0)
     plane = _Plane(most, low - 0.05, high)
     parts = [*plane.frame()]
     for i, (arm, curve) in enumerate(curves.items()):

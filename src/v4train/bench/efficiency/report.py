@@ -9,8 +9,9 @@ def table(result: dict[str, Any]) -> str:
     """A row for each recipe, and what follows from them."""
     base = result["arms"].get("baseline")
     lines = [
-        "| recipe | seeds | final held-out loss, nats | kFLOPs a token | of them optimizer | active | compute to the baseline's loss |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| recipe | seeds | final held-out loss, nats | above V4, same seeds | kFLOPs a token | of them optimizer | active "
+        "| compute to the baseline's loss |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for arm in ("baseline", "v4", *arms.LEFT_OUT):
         if arm in result["arms"]:
@@ -28,7 +29,8 @@ def _row(arm: str, row: dict[str, Any]) -> str:
     cells = [
         row["name"],
         len(row["losses"]),
-        f"{row['mean']:.4f} ± {row['std']:.4f}",
+        f"{row['mean']:.4f}" + (f" ± {row['std']:.4f}" if len(row["losses"]) > 1 else ""),
+        f"{row['above_v4']:+.3f}" if "above_v4" in row else "",
         f"{cost['total'] / 1e3:,.0f}",
         f"{optimizer / cost['total']:.1%}",
         f"{cost['active']:,}",
@@ -39,6 +41,10 @@ def _row(arm: str, row: dict[str, Any]) -> str:
 
 def _compute(row: dict[str, Any]) -> str:
     return f"{row['bound']} {row['compute']:.2f}".strip()
+
+
+def _share(row: dict[str, Any]) -> str:
+    return f"{row['bound']} {row['tokens']:.0%}".strip()
 
 
 def _budgets(result: dict[str, Any]) -> list[str]:
@@ -53,7 +59,7 @@ def _verdict(result: dict[str, Any]) -> list[str]:
     words = {"": f"{saved:.1%} less compute", "at most": f"at least {saved:.1%} less compute", "more than": "not within its longest run"}
     seeds = ", ".join(_compute(one) for one in row["by_seed"].values())
     lines = [
-        f"V4 reaches the baseline's final loss of {goal:.4f} with {row['bound']} {row['tokens']:.0%} of its tokens: {words[row['bound']]}, "
+        f"V4 reaches the baseline's final loss of {goal:.4f} with {_share(row)} of its tokens: {words[row['bound']]}, "
         f"optimizer and mixing of streams included (without the optimizer {row['compute_without_optimizer']:.2f} of the baseline's).",
         f"Seed by seed: {seeds} of the baseline's compute.",
     ]
