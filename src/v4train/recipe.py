@@ -26,6 +26,9 @@ _AUDIO = (80, 16)
 _FIELDS = ("kind", "step", "tokens", "loss", "bpb", "modality_bpb")
 """Of records of held-out loss."""
 
+_FP4_GROUP = 32
+"""Values that share a scale in MXFP4."""
+
 
 class Recipe(base.Config):
     """Everything about a run."""
@@ -218,6 +221,20 @@ def _stages_fit(r: Recipe) -> str | None:
     return None
 
 
+def _groups_of_fp4_divide(r: Recipe) -> str | None:
+    if r.numerics.experts != "mxfp4":
+        return None
+    sizes = {"hidden": r.model.hidden, "moe.ffn": r.model.moe.ffn}
+    wrong = [f"model.{name} {value}" for name, value in sizes.items() if value % _FP4_GROUP]
+    return f"numerics.experts mxfp4 has a scale for {_FP4_GROUP} inputs, which must divide {' and '.join(wrong)}" if wrong else None
+
+
+def _gradients_are_summed(r: Recipe) -> str | None:
+    if r.numerics.gradient_sums == "bfloat16" and r.train.microbatches == 1:
+        return "numerics.gradient_sums is bfloat16, but train.microbatches is 1, so nothing is summed; remove it or use more microbatches"
+    return None
+
+
 CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
     _phases_fit,
     _stages_fit,
@@ -235,6 +252,8 @@ CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
     _draws_belong_to_a_source,
     _decoding_fits,
     _schedule_fits,
+    _groups_of_fp4_divide,
+    _gradients_are_summed,
 )
 
 

@@ -70,6 +70,67 @@ def test_the_bf16_model_stays_near_the_fp32_one():
     assert loss.targets(rows, ahead=1)[1].sum() == 23
 
 
+LINEAR = {"wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3"}
+
+
+@pytest.mark.parametrize("experts", ["compute", "fp8", "mxfp4"])
+@pytest.mark.parametrize("linear", ["compute", "fp8"])
+def test_few_bits_are_for_projections_and_experts_alone(linear, experts):
+    """Indexer, compressors, router, hyper-connections, embedding, head and the joints of MTP keep theirs, by what the model declares."""
+    params, declared = small.parameters(CONFIG), small.declarations(CONFIG)
+    numerics = config_lib.NumericsConfig(compute="float32", linear=linear, experts=experts)
+    cast = policy.cast_for_compute(params, declarations=declared, config=numerics)
+    for (path, d), before, after in zip(param.flatten(declared).items(), jax.tree.leaves(params), jax.tree.leaves(cast), strict=True):
+        parent, name = path.split("/")[-2:]
+        form = "compute"
+        if parent in ("projections", "shared") and name in LINEAR:
+            form = linear
+        if parent == "experts":
+            form = experts
+        assert policy.format_of(d, config=numerics) == form, path
+        wanted = before if form == "compute" else policy.straight_through(before, form)
+        np.testing.assert_array_equal(after, wanted, err_msg=path)
+        assert form == "compute" or (np.asarray(after) != before).any(), path
+
+
+@pytest.mark.parametrize("form", ["fp8", "mxfp4"])
+def test_gradients_go_straight_through_to_the_master(form):
+    weight, seen = jnp.linspace(-3, 5, 64 * 32).reshape(64, 32), jnp.sin(jnp.arange(64 * 32.0)).reshape(64, 32)
+    got = jax.grad(lambda w: jnp.sum(policy.straight_through(w, form) * seen))(weight)
+    np.testing.assert_array_equal(got, seen)
+
+
+def test_fp4_expands_to_fp8_without_loss_while_scales_are_near():
+    """Groups of 32 whose scales lie a factor of 2^14 apart in one block of 128 x 128: all codes of E2M1 survive. At 2^15 some do not."""
+    codes = np.resize([0.5, 1, 1.5, 2, 3, 4, 6, -6], (32, 128)).astype(np.float32)
+    for octaves, lossless in ((14, True), (15, False)):
+        weight = np.concatenate([codes, codes * 2.0**-octaves, codes * 2.0**-3, codes * 2.0**-octaves])
+        assert bool((np.asarray(policy.straight_through(jnp.asarray(weight), "mxfp4")) == weight).all()) == lossless
+
+
+def test_mxfp4_groups_lie_along_the_input():
+    weight = np.ones((64, 4), np.float32)
+    weight[:32] *= 2.0**-20
+    weight[5, 0] = 0.3 * 2.0**-20
+    got = np.asarray(policy.straight_through(jnp.asarray(weight[:32]), "mxfp4"))
+    assert got[5, 0] == 0.25 * 2.0**-20
+    assert got[5, 1] == 2.0**-20
+
+
+def test_counts_of_weights_are_those_of_their_own_format():
+    params, declared = small.parameters(CONFIG), small.declarations(CONFIG)
+    numerics = config_lib.NumericsConfig(linear="fp8", experts="mxfp4")
+    counts = policy.count_weights(params, declarations=declared, config=numerics)
+    sizes = {"linear": 0, "experts": 0}
+    for d in jax.tree.leaves(declared, is_leaf=param.is_declaration):
+        if d.product != "high":
+            sizes[d.product] += d.size
+    assert {role: int(count[0]) for role, count in counts.items()} == sizes
+    assert counts["experts"][2] / counts["experts"][0] > 0.02, "E2M1 has zero for what is below a quarter of its scale"
+    assert counts["linear"][2] / counts["linear"][0] < 0.01
+    assert policy.count_weights(params, declarations=declared, config=config_lib.NumericsConfig()) == {}
+
+
 def test_an_unknown_format_is_refused():
     with pytest.raises(pydantic.ValidationError, match="compute"):
         config_lib.NumericsConfig(compute="float16")

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4train.ops import grouped_matmul, select, top_k
+from v4train.ops import grouped_matmul, products, select, top_k
 from v4train.ops.exchange import route
 
 IMPLEMENTATIONS = {
     "grouped_matmul": get_args(grouped_matmul.Implementation),
     "linear_product": ("compute",),
     "experts_product": ("compute",),
-    "fp8_matmul": ("emulated",),
+    "fp8_experts": ("emulated", *get_args(products.Kernel)),
     "expert_exchange": get_args(route.Transport),
     "ragged_all_to_all": ("emulated", "ragged"),
     "sparse_attention": ("chunked",),
@@ -40,7 +40,7 @@ def test_grouped_matmul_of_this_platform_agrees_with_the_oracle():
 
 
 def test_unknown_names_are_refused_with_the_options():
-    with pytest.raises(ValueError, match=r"unknown op 'matmul'; choose one of expert_exchange, experts_product, fp8_matmul, grouped_"):
+    with pytest.raises(ValueError, match=r"unknown op 'matmul'; choose one of expert_exchange, experts_product, fp8_experts"):
         select.implementation("matmul")
     with pytest.raises(ValueError, match=r"grouped_matmul has no implementation for platform 'abacus'; there is one for cpu, gpu, tpu"):
         select.implementation("grouped_matmul", platform="abacus")

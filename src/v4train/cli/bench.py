@@ -11,7 +11,7 @@ import pathlib
 import time
 from typing import Any
 
-from v4train.cli import bench_context, bench_curriculum, bench_decode, bench_efficiency, bench_stability
+from v4train.cli import bench_context, bench_curriculum, bench_decode, bench_efficiency, bench_precision, bench_stability
 
 _STARTED = time.time()
 
@@ -52,6 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     bench_stability.configure(choices)
     bench_decode.configure(choices)
     bench_efficiency.configure(choices)
+    bench_precision.configure(choices)
     for one in (step, memory):
         one.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="override a value; may be repeated")
         one.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the stack trace of an error")
@@ -115,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
         return bench_decode.run(args)
     if args.what == "efficiency":
         return bench_efficiency.run(args)
+    if args.what == "precision":
+        return bench_precision.run(args)
     acts = {"step": _step, "memory": _memory, "convert": _convert, "data": _data, "versus": _versus}
     return acts[args.what](args)
 

@@ -84,7 +84,7 @@ def by_matrices(
     transposed: bool = False,
     implementation: Implementation,
 ) -> Float[Array, "R f"]:
-    """`grouped_matmul` without a derivative rule, if ``transposed`` by the transposed matrices, ``[G, f, d]``: a part of other rules."""
+    """`grouped_matmul` without its derivative rule, and if ``transposed`` with matrices ``[G, f, d]``: a part of other rules."""
     x, w, group_sizes = _varying_alike(x, w, group_sizes)
     match implementation:
         case "dense":

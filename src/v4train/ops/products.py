@@ -24,8 +24,10 @@ files. Chosen here, where the reports are silent:
 **Weights come rounded**: `policy.cast_for_compute` has rounded the fp32 master once a step, so that the blocks are those of the whole
 matrix on every mesh, and the gradient goes straight through to the master.
 
-Implementations of the FP8 products (`ops.select`, row ``fp8_matmul``): ``emulated`` multiplies the rounded values in the compute dtype and
-accumulates in fp32, on any hardware. The values are exact in bf16, so this is the same arithmetic up to the order of sums.
+**Units.** ``emulated`` multiplies the rounded values in the compute dtype and accumulates in fp32, on any hardware. The values are exact in
+bf16, so this is the same arithmetic up to the order of sums. Experts on GPUs multiply the codes in FP8 units instead
+(`ops.kernels.fp8_matmul_triton`; `ops.select`, row ``fp8_experts``). Projections are emulated everywhere: XLA's own FP8 matmul takes one
+scale for a whole matrix, and a kernel of ours would need what the partitioner does for them, which experts already do for themselves.
 
 **Counting.** How many elements saturate and vanish is wanted of activations and of gradients, deep in scanned, rematerialised and
 sharded code that returns nothing but activations. So the counts leave the way gradients do: a product takes an array of zeros, the
@@ -34,14 +36,17 @@ sharded code that returns nothing but activations. So the counts leave the way g
 
 import dataclasses
 import functools
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from v4train.numerics import scaled
-from v4train.ops import grouped_matmul
+from v4train.ops import grouped_matmul, select
+
+Kernel = Literal["fp8_triton", "fp8_interpreted"]
+"""Experts in FP8 units; interpreted: the same kernels without a GPU, far too slowly for anything but tests."""
 
 PROBE_SHAPE = (2, 3)
 """Activations and gradients, each: elements, saturated, vanished."""
@@ -96,7 +101,8 @@ class Fp8:
         return _linear(x, w, self.probe)
 
     def grouped(self, x, w, *, group_sizes, implementation):
-        return _grouped(x, w, group_sizes, self.probe, implementation)
+        units = select.implementation("fp8_experts")
+        return _grouped(x, w, group_sizes, self.probe, implementation if units == "emulated" else units)
 
 
 def _rounded(x: Array, tile: tuple[int, int]) -> Array:
@@ -117,14 +123,10 @@ def _along_tokens(x: Float[Array, "b s *g d"]) -> Array:
     return _rounded(flat, _ALONG_ROWS).reshape(x.shape)
 
 
-def _dot(subscripts: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32).astype(a.dtype)
-
-
 @jax.custom_vjp
 def _linear(x: Array, w: Array, probe: Array | None) -> Array:
     g = "g" * (w.ndim - 2)
-    return _dot(f"bs{g}d,{g}df->bs{g}f", _rounded(x, _ALONG_WIDTH), w)
+    return jnp.einsum(f"bs{g}d,{g}df->bs{g}f", _rounded(x, _ALONG_WIDTH), w)
 
 
 def _linear_forward(x: Array, w: Array, probe: Array | None) -> tuple[Array, tuple[Array, Array, Array | None]]:
@@ -134,31 +136,47 @@ def _linear_forward(x: Array, w: Array, probe: Array | None) -> tuple[Array, tup
 def _linear_backward(saved: tuple[Array, Array, Array | None], dy: Array) -> tuple[Array, Array, Array | None]:
     x, w, counts = saved
     g = "g" * (w.ndim - 2)
-    dx = _dot(f"bs{g}f,{g}df->bs{g}d", _rounded(dy, _ALONG_WIDTH), w)
-    dw = _dot(f"bs{g}d,bs{g}f->{g}df", _along_tokens(x), _along_tokens(dy))
+    dx = jnp.einsum(f"bs{g}f,{g}df->bs{g}d", _rounded(dy, _ALONG_WIDTH), w)
+    dw = jnp.einsum(f"bs{g}d,bs{g}f->{g}df", _along_tokens(x), _along_tokens(dy))
     return dx, dw.astype(w.dtype), None if counts is None else jnp.stack([counts, _counts(dy, counts)])
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
+def _by_matrices(x: Array, w: Array, group_sizes: Array, *, transposed: bool = False, implementation: str) -> Array:
+    if implementation in get_args(Kernel):
+        from v4train.ops.kernels import fp8_matmul_triton  # Pallas takes a third of a second to import
+
+        interpret = implementation == "fp8_interpreted"
+        return fp8_matmul_triton.rows_by_matrices(x, w, group_sizes, transposed=transposed, interpret=interpret)
+    x = _rounded(x, _ALONG_WIDTH)
+    return grouped_matmul.by_matrices(x, w, group_sizes, transposed=transposed, implementation=implementation)
+
+
+def _by_rows(x: Array, dy: Array, group_sizes: Array, *, implementation: str) -> Array:
+    if implementation in get_args(Kernel):
+        from v4train.ops.kernels import fp8_matmul_triton
+
+        return fp8_matmul_triton.rows_by_rows(x, dy, group_sizes, interpret=implementation == "fp8_interpreted")
+    return grouped_matmul.by_rows(_rounded(x, _ALONG_ROWS), _rounded(dy, _ALONG_ROWS), group_sizes, implementation=implementation)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _grouped(x: Array, w: Array, group_sizes: Array, probe: Array | None, implementation: grouped_matmul.Implementation) -> Array:
-    x = _rounded(grouped_matmul.zero_past_end(x, group_sizes), _ALONG_WIDTH)
-    return grouped_matmul.by_matrices(x, w, group_sizes, implementation=implementation)
+def _grouped(x: Array, w: Array, group_sizes: Array, probe: Array | None, implementation: str) -> Array:
+    return _by_matrices(grouped_matmul.zero_past_end(x, group_sizes), w, group_sizes, implementation=implementation)
 
 
-def _grouped_forward(x: Array, w: Array, group_sizes: Array, probe: Array | None, implementation: grouped_matmul.Implementation):
+def _grouped_forward(x: Array, w: Array, group_sizes: Array, probe: Array | None, implementation: str):
     x = grouped_matmul.zero_past_end(x, group_sizes)
     return _grouped(x, w, group_sizes, probe, implementation), (x, w, group_sizes, _counts(x, probe, rows=group_sizes.sum()))
 
 
-def _grouped_backward(implementation: grouped_matmul.Implementation, saved: tuple, dy: Array):
+def _grouped_backward(implementation: str, saved: tuple, dy: Array):
     x, w, group_sizes, counts = saved
     dy = grouped_matmul.zero_past_end(dy, group_sizes)
-    dx = grouped_matmul.by_matrices(_rounded(dy, _ALONG_WIDTH), w, group_sizes, transposed=True, implementation=implementation)
-    rows = _rounded(x, _ALONG_ROWS), _rounded(dy, _ALONG_ROWS)
-    dw = grouped_matmul.by_rows(*rows, group_sizes, implementation=implementation)
+    dx = _by_matrices(dy, w, group_sizes, transposed=True, implementation=implementation)
+    dw = _by_rows(x, dy, group_sizes, implementation=implementation)
     of_dy = _counts(dy, counts, rows=group_sizes.sum())
     return dx, dw.astype(w.dtype), None, None if counts is None else jnp.stack([counts, of_dy])
 

@@ -284,6 +284,7 @@ def trace_step(p: Abstract, variant: Variant, *, step: type[step_lib.Step] = ste
         train.microbatches,
         p.recipe.optimizer.clip_norm,
         train.skip_nonfinite,
+        p.recipe.seed,
     )
     state_shardings = jax.tree.map(lambda x: x.sharding, p.state)
     replicated = NamedSharding(p.mesh, jax.sharding.PartitionSpec())

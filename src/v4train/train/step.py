@@ -1,6 +1,7 @@
 """One training step: pure, and all changes of state on this page."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,10 +14,11 @@ from v4train.data import batch as batch_lib
 from v4train.model import config as model_config
 from v4train.model import stack, transformer
 from v4train.numerics import config as numerics_config
-from v4train.numerics import policy
+from v4train.numerics import policy, stochastic
 from v4train.optim import clip
 from v4train.sharding import constrain
 from v4train.train import loss as loss_lib
+from v4train.train import precision
 from v4train.train import state as state_lib
 
 
@@ -37,7 +39,12 @@ class Report(NamedTuple):
     dropped: Float[Array, ""]  # and those that were left out
     documents: Int[Array, "sources"]  # parts of documents in the batch, by data source
     bad: Int[Array, "sources"]  # those of them that could not be read and are padding
+    rounding: dict[str, Float[Array, "2"]]  # of what is rounded to few bits: shares that saturate and that vanish (`precision.by_role`)
     index_recall: Float[Array, "2"] | None = None  # in the indexer's warm-up, see `index_recall`
+
+
+_Found = tuple[tuple[Array, loss_lib.Terms], tuple[dict, precision.Probes]]
+"""What differentiating gives: loss and sums, gradients and counts."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,6 +62,7 @@ class Step:
         microbatches: parts of the batch.
         clip_norm: largest gradient norm, or None.
         skip_nonfinite: whether a step whose loss or gradients are not finite changes nothing.
+        seed: of the random numbers that sums in bf16 are rounded with.
     """
 
     model: transformer.Transformer
@@ -65,10 +73,11 @@ class Step:
     microbatches: int
     clip_norm: float | None
     skip_nonfinite: bool = True
+    seed: int = 0
 
     def __call__(self, state: state_lib.State, batch: batch_lib.Batch, given: dict | None = None) -> tuple[state_lib.State, Report]:
         counts = loss_lib.count(batch)
-        loss, sums, grads = self.gradients(state, batch, given, counts)
+        loss, sums, grads, probes = self.gradients(state, batch, given, counts)
         grads, norm = clip.clip_by_global_norm(grads, self.clip_norm)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
@@ -84,39 +93,52 @@ class Step:
             skipped += 1 - finite.astype(jnp.int32)
         new = state_lib.State(state.step + 1, params, buffers, optimizer, skipped)
         by_source = [jax.ops.segment_sum(x.sum(axis=1), batch.source, self.sources) for x in (batch.n_documents, batch.n_bad)]
-        return new, _report(loss, sums, counts, norm=norm, finite=finite, config=self.model.config, by_source=by_source)
+        report = _report(loss, sums, counts, norm=norm, finite=finite, config=self.model.config, by_source=by_source)
+        weights = policy.count_weights(tree.merge(state.params, state.buffers), declarations=self.declarations, config=self.numerics)
+        return new, report._replace(rounding=precision.by_role(weights, probes))
 
     def gradients(
         self, state: state_lib.State, batch: batch_lib.Batch, given: dict | None, counts: loss_lib.Counts
-    ) -> tuple[Array, loss_lib.Terms, dict]:
-        """Loss, sums and gradients over all microbatches."""
+    ) -> tuple[Array, loss_lib.Terms, dict, precision.Probes]:
+        """Loss, sums, gradients and counts of rounding over all microbatches."""
 
-        def loss(params: dict, part: batch_lib.Batch, given: dict | None) -> tuple[Array, loss_lib.Terms]:
+        def loss(params: dict, probes: precision.Probes, part: batch_lib.Batch, given: dict | None) -> tuple[Array, loss_lib.Terms]:
             whole = tree.merge(params, state.buffers)
             whole = policy.cast_for_compute(whole, declarations=self.declarations, config=self.numerics)
-            sums = loss_lib.terms(self.model, whole, part, sources=self.sources, given=given)
+            with precision.formats(self.numerics, counted=probes):
+                sums = loss_lib.terms(self.model, whole, part, sources=self.sources, given=given)
             return loss_lib.total(sums, counts, config=self.model.config), sums
 
-        gradient = jax.value_and_grad(loss, has_aux=True)
+        gradient = functools.partial(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), state.params, precision.probes(self.numerics))
         if self.microbatches == 1:
-            (value, sums), grads = gradient(state.params, batch, given)
-            return value, sums, grads
+            (value, sums), (grads, probes) = gradient(batch, given)
+            return value, sums, grads, probes
 
-        def add(total: tuple, xs: tuple[batch_lib.Batch, dict | None]) -> tuple[tuple, None]:
-            part, chosen = xs
+        def add(total: _Found, xs: tuple[Array, batch_lib.Batch, dict | None]) -> tuple[_Found, None]:
+            number, part, chosen = xs
             by_token = part.tokens.shape
             part = jax.tree.map(
                 lambda x: constrain.constrain(x, "B S" if x.shape == by_token else " ".join(["B", *"_" * (x.ndim - 1)])), part
             )
             chosen = jax.tree.map(lambda x: constrain.constrain(x, letters_of_experts(x)), chosen)
-            return jax.tree.map(jnp.add, total, gradient(state.params, part, chosen)), None
+            return self._add(total, gradient(part, chosen), place=(state.step, number)), None
 
         parts = jax.tree.map(lambda x: self._split(x, axis=0), batch)
         chosen = jax.tree.map(lambda x: self._split(x, axis=x.ndim - 3), given)
-        shapes = jax.eval_shape(gradient, state.params, *jax.tree.map(lambda x: x[0], (parts, chosen)))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        ((value, sums), grads), _ = jax.lax.scan(add, zeros, (parts, chosen))
-        return value, sums, grads
+        shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], (parts, chosen)))
+        losses, (grads, probes) = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = losses, (jax.tree.map(lambda x: x.astype(self.numerics.gradient_sums), grads), probes)
+        ((value, sums), (grads, probes)), _ = jax.lax.scan(add, zeros, (jnp.arange(self.microbatches), parts, chosen))
+        return value, sums, jax.tree.map(lambda x, p: x.astype(p.dtype), grads, state.params), probes
+
+    def _add(self, total: _Found, found: _Found, *, place: tuple[Array, Array]) -> _Found:
+        """Sums so far and those of one microbatch; random numbers are those of its ``place``, step and number."""
+        if self.numerics.gradient_sums == "float32":
+            return jax.tree.map(jnp.add, total, found)
+        (losses, (grads, probes)), (new_losses, (new_grads, new_probes)) = total, found
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), place[0]), place[1])
+        losses, probes = jax.tree.map(jnp.add, (losses, probes), (new_losses, new_probes))
+        return losses, (stochastic.add(grads, new_grads, key=key), probes)
 
     def _split(self, x: Array, *, axis: int) -> Array:
         """Rows along ``axis`` -> microbatches first. Row i goes to microbatch i modulo their number, so that rows stay on their device."""
@@ -139,7 +161,8 @@ class Anticipate:
     def __call__(self, state: state_lib.State, batch: batch_lib.Batch) -> dict:
         whole = tree.merge(state.params, state.buffers)
         whole = policy.cast_for_compute(whole, declarations=self.declarations, config=self.numerics)
-        out = param.bind(self.model, whole)(loss_lib.model_inputs(batch, config=self.model.config), keep_experts=True)
+        with precision.formats(self.numerics):
+            out = param.bind(self.model, whole)(loss_lib.model_inputs(batch, config=self.model.config), keep_experts=True)
         assert out.experts is not None
         return jax.tree.map(lambda x: constrain.constrain(x, letters_of_experts(x)), out.experts)
 
@@ -179,6 +202,7 @@ def _report(
         documents=by_source[0],
         bad=by_source[1],
         index_recall=None if sums.recall is None else index_recall(sums.recall),
+        rounding={},
     )
 
 

@@ -52,17 +52,9 @@ def rows_by_matrices(
         interpret: run without a GPU, slowly.
     """
     rows, depth = x.shape
-    groups, columns = len(w), w.shape[1 if transposed else 2]
+    columns = w.shape[1 if transposed else 2]
     block_rows, block_columns = _block(rows, BLOCK_ROWS), _block(columns, BLOCK_COLUMNS)
-    sizes = jnp.concatenate([group_sizes, (rows - group_sizes.sum())[None]]).astype(jnp.int32)
-    tiles = lax.div(sizes + (block_rows - 1), block_rows)
-    launched = rows // block_rows + groups + 1
-    tile = jnp.arange(launched, dtype=jnp.int32)
-    tile_ends, row_ends = jnp.cumsum(tiles, dtype=jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)
-    group = jnp.sum(tile[:, None] >= tile_ends[None], axis=1, dtype=jnp.int32)
-    known = jnp.minimum(group, groups)
-    first = (row_ends - sizes)[known] + (tile - (tile_ends - tiles)[known]) * block_rows
-    last = jnp.where(group > groups, 0, row_ends[known])
+    known, first, last = tiles(group_sizes, rows=rows, block_rows=block_rows)
     kernel = functools.partial(
         _rows_by_matrices,
         transposed=transposed,
@@ -71,12 +63,26 @@ def rows_by_matrices(
     )
     return pl.pallas_call(
         kernel,
-        grid=(pl.cdiv(columns, block_columns), launched),
+        grid=(pl.cdiv(columns, block_columns), len(known)),
         out_shape=jax.ShapeDtypeStruct((rows, columns), x.dtype),
         interpret=interpret,
         name="rows_by_matrices",
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
     )(known, first, last, x, w)
+
+
+def tiles(group_sizes: Int[Array, "G"], *, rows: int, block_rows: int) -> tuple[Int[Array, "t"], Int[Array, "t"], Int[Array, "t"]]:
+    """The tiles of `rows_by_matrices`: group, first row, and the end of the group's rows. Rows of no group are group ``G``; tiles that are
+    launched in vain have no rows."""
+    groups = len(group_sizes)
+    sizes = jnp.concatenate([group_sizes, (rows - group_sizes.sum())[None]]).astype(jnp.int32)
+    counts = lax.div(sizes + (block_rows - 1), block_rows)
+    tile = jnp.arange(rows // block_rows + groups + 1, dtype=jnp.int32)
+    tile_ends, row_ends = jnp.cumsum(counts, dtype=jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)
+    group = jnp.sum(tile[:, None] >= tile_ends[None], axis=1, dtype=jnp.int32)
+    known = jnp.minimum(group, groups)
+    first = (row_ends - sizes)[known] + (tile - (tile_ends - counts)[known]) * block_rows
+    return known, first, jnp.where(group > groups, 0, row_ends[known])
 
 
 def _rows_by_matrices(group_ref, first_ref, last_ref, x_ref, w_ref, y_ref, *, transposed: bool, blocks: tuple[int, int, int], precision):

@@ -29,6 +29,7 @@ from v4train.model import transformer
 from v4train.numerics import config as numerics_config
 from v4train.numerics import policy
 from v4train.train import loss as loss_lib
+from v4train.train import precision
 from v4train.train import state as state_lib
 
 MODALITIES = ("text", "image", "audio", "image+audio")
@@ -68,7 +69,8 @@ class Evaluate:
         whole = tree.merge(state.params, state.buffers)
         bound = param.bind(self.model, policy.cast_for_compute(whole, declarations=self.declarations, config=self.numerics))
         ids, weight = loss_lib.targets(batch, ahead=1)
-        nats = bound.token_losses(bound(loss_lib.model_inputs(batch, config=self.model.config)).hidden, ids) * weight
+        with precision.formats(self.numerics):
+            nats = bound.token_losses(bound(loss_lib.model_inputs(batch, config=self.model.config)).hidden, ids) * weight
         spelt = jnp.take(jnp.asarray(self.byte_counts), ids, mode="fill", fill_value=0) * weight
         of_source = jax.nn.one_hot(batch.source, self.sources, dtype=jnp.float32)
         of_modality = jax.nn.one_hot(modality_of_segments(batch), len(MODALITIES), dtype=jnp.float32)

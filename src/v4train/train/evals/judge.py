@@ -27,6 +27,7 @@ from v4train.numerics import config as numerics_config
 from v4train.numerics import policy
 from v4train.sharding import constrain, rules
 from v4train.train import loss as loss_lib
+from v4train.train import precision
 
 _GRAIN = 128
 """Rows are whole numbers of it long: what attention and heavy compression divide a row into."""
@@ -64,7 +65,8 @@ class _Forward:
     def __call__(self, params: dict, batch: batch_lib.Batch) -> Float[Array, "b s 2"]:
         bound = param.bind(self.model, policy.cast_for_compute(params, declarations=self.declarations, config=self.numerics))
         ids, _ = loss_lib.targets(batch, ahead=1)
-        return bound.verdicts(bound(loss_lib.model_inputs(batch, config=self.model.config)).hidden, ids)
+        with precision.formats(self.numerics):
+            return bound.verdicts(bound(loss_lib.model_inputs(batch, config=self.model.config)).hidden, ids)
 
 
 class Judge:

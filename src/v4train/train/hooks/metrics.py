@@ -91,6 +91,7 @@ class Metrics:
                 "step_seconds": seconds,
                 "mfu": None if self._peak is None else rate * self._flops_per_token(step - 1) / self._peak,
                 "skipped": self._skipped,
+                **rounding(report.rounding),
             }
         )
         self._load = load if self._load is None else self._load + load
@@ -105,6 +106,13 @@ class Metrics:
 
 def _finite(value: jax.Array) -> float | None:
     return float(value) if np.isfinite(value) else None
+
+
+def rounding(shares: dict[str, np.ndarray]) -> dict[str, float]:
+    """``saturated/activations/linear`` and so on: shares of elements, of each role whose numbers are rounded to few bits."""
+    return {
+        f"{what}/{name}": float(share) for name, pair in shares.items() for what, share in zip(("saturated", "vanished"), pair, strict=True)
+    }
 
 
 def relative_load(load: np.ndarray) -> dict[str, list[list[float]]]:
