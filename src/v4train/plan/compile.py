@@ -33,7 +33,7 @@ import jax
 
 from v4train.core import compiler
 from v4train.ops import select
-from v4train.plan import buffers, collectives, targets
+from v4train.plan import buffers, collectives, fp8, targets
 
 _REPLICATED = re.compile(r"Involuntary full rematerialization.*for HLO operation %?[\w.\-]+ = (\S+?)\{?[\d,]*\}? .*?op_name=\"([^\":]*)")
 _NOT_FIT = ("CompileTimeHbmOom", "RESOURCE_EXHAUSTED")
@@ -57,6 +57,7 @@ class Report:
         replicated: arrays that the partitioner made whole on every device because it found no other way, with how often.
         largest: the largest temporaries.
         seconds: to lower and to compile.
+        fp8: kernels that multiply in FP8 units, with their number of such instructions (`plan.fp8`); for GPUs.
     """
 
     target: targets.Target
@@ -70,6 +71,7 @@ class Report:
     replicated: dict[tuple[str, str], int]
     largest: tuple[buffers.Buffer, ...]
     seconds: tuple[float, float]
+    fp8: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -100,6 +102,7 @@ class Report:
             "rounds": [{"loop": loop, "sent_bytes": sent} for loop, sent in self.listing.rounds.items()],
             "replicated": [{"shape": shape, "op": op, "times": n} for (shape, op), n in self.replicated.items()],
             "largest": [dataclasses.asdict(buffer) for buffer in self.largest],
+            "fp8_kernels": self.fp8,
             "seconds": {"lower": round(self.seconds[0], 1), "compile": round(self.seconds[1], 1)},
         }
 
@@ -223,6 +226,7 @@ def _account(dump: pathlib.Path, *, target: targets.Target, mesh: dict[str, int]
         replicated=_replicated(told),
         largest=account.largest,
         seconds=seconds,
+        fp8=fp8.kernels(dump, program=text),
     )
 
 
