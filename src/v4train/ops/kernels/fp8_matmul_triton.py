@@ -59,7 +59,8 @@ def rows_by_matrices(
     columns = w.shape[1 if transposed else 2]
     block_rows, block_columns = _block(rows, BLOCK_ROWS), _block(columns, TILE)
     tiles = grouped_matmul_triton.tiles(group_sizes, rows=rows, block_rows=block_rows)
-    kernel = functools.partial(_rows_by_matrices, transposed=transposed, blocks=(block_rows, block_columns, _block(depth, TILE)))
+    blocks = block_rows, block_columns, _block(depth, TILE)
+    kernel = functools.partial(_rows_by_matrices, transposed=transposed, blocks=blocks, dot=_dot(interpret))
     return pl.pallas_call(
         kernel,
         grid=(pl.cdiv(columns, block_columns), len(tiles[0])),
@@ -70,7 +71,7 @@ def rows_by_matrices(
     )(*tiles, *encoded(x, block=(1, TILE)), *encoded(w, block=(TILE, TILE)))
 
 
-def _rows_by_matrices(group_ref, first_ref, last_ref, x_ref, x_scale_ref, w_ref, w_scale_ref, y_ref, *, transposed: bool, blocks):
+def _rows_by_matrices(group_ref, first_ref, last_ref, x_ref, x_scale_ref, w_ref, w_scale_ref, y_ref, *, transposed: bool, blocks, dot):
     block_rows, block_columns, block_depth = blocks
     depth, groups = x_ref.shape[1], w_ref.shape[0]
     tile, side = pl.program_id(1), pl.program_id(0)
@@ -92,7 +93,7 @@ def _rows_by_matrices(group_ref, first_ref, last_ref, x_ref, x_scale_ref, w_ref,
         else:
             w = plgpu.load(w_ref.at[group, k[:, None], column[None, :]], mask=inside[:, None] & column_inside[None, :], other=0.0)
             w_scale = w_scale_ref[group, i, side]
-        return total + plgpu.dot(x, w, trans_b=transposed) * (x_scale * w_scale)[:, None]
+        return total + dot(x, w, trans_b=transposed) * (x_scale * w_scale)[:, None]
 
     total = lax.fori_loop(0, steps, step, jnp.zeros((block_rows, block_columns), jnp.float32))
     mask = row_inside[:, None] & column_inside[None, :]
@@ -106,7 +107,7 @@ def rows_by_rows(
     depth, columns = x.shape[1], dy.shape[1]
     block_depth, block_columns = _block(depth, BLOCK_ROWS), _block(columns, TILE)
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
-    kernel = functools.partial(_rows_by_rows, blocks=(_block(len(x), TILE), block_depth, block_columns))
+    kernel = functools.partial(_rows_by_rows, blocks=(_block(len(x), TILE), block_depth, block_columns), dot=_dot(interpret))
     return pl.pallas_call(
         kernel,
         grid=(pl.cdiv(columns, block_columns), pl.cdiv(depth, block_depth), len(group_sizes)),
@@ -117,7 +118,7 @@ def rows_by_rows(
     )(ends - group_sizes.astype(jnp.int32), ends, *encoded(x, block=(TILE, 1)), *encoded(dy, block=(TILE, 1)))
 
 
-def _rows_by_rows(first_ref, last_ref, x_ref, x_scale_ref, dy_ref, dy_scale_ref, dw_ref, *, blocks: tuple[int, int, int]):
+def _rows_by_rows(first_ref, last_ref, x_ref, x_scale_ref, dy_ref, dy_scale_ref, dw_ref, *, blocks: tuple[int, int, int], dot):
     block_rows, block_depth, block_columns = blocks
     group = pl.program_id(2)
     first, last = first_ref[group], last_ref[group]
@@ -132,13 +133,21 @@ def _rows_by_rows(first_ref, last_ref, x_ref, x_scale_ref, dy_ref, dy_scale_ref,
         dy = plgpu.load(dy_ref.at[row[:, None], column[None, :]], mask=inside & column_inside[None, :], other=0.0)
         x_scale = plgpu.load(x_scale_ref.at[i, k], mask=k_inside, other=0.0)
         dy_scale = plgpu.load(dy_scale_ref.at[i, column], mask=column_inside, other=0.0)
-        return total + plgpu.dot(x, dy, trans_a=True) * x_scale[:, None] * dy_scale[None, :]
+        return total + dot(x, dy, trans_a=True) * x_scale[:, None] * dy_scale[None, :]
 
     start = lax.div(first, block_rows)
     stop = jnp.where(first < last, lax.div(last + (block_rows - 1), block_rows), start)
     total = lax.fori_loop(start, stop, step, jnp.zeros((block_depth, block_columns), jnp.float32))
     mask = k_inside[:, None] & column_inside[None, :]
     plgpu.store(dw_ref.at[group, k[:, None], column[None, :]], total.astype(dw_ref.dtype), mask=mask)
+
+
+def _dot(interpret: bool):
+    """The product of two tiles of codes. The interpreter runs on the CPU's compiler, which multiplies no FP8: there the codes are read as
+    fp32, which holds them and their products exactly."""
+    if not interpret:
+        return plgpu.dot
+    return lambda a, b, **which: plgpu.dot(a.astype(jnp.float32), b.astype(jnp.float32), **which)
 
 
 def _block(size: int, largest: int) -> int:
