@@ -81,7 +81,7 @@ def test_few_bits_are_for_projections_and_experts_alone(linear, experts):
     numerics = config_lib.NumericsConfig(compute="float32", linear=linear, experts=experts)
     cast = policy.cast_for_compute(params, declarations=declared, config=numerics)
     for (path, d), before, after in zip(param.flatten(declared).items(), jax.tree.leaves(params), jax.tree.leaves(cast), strict=True):
-        parent, name = path.split("/")[-2:]
+        parent, name = ("", *path.split("/"))[-2:]
         form = "compute"
         if parent in ("projections", "shared") and name in LINEAR:
             form = linear

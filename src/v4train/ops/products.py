@@ -36,7 +36,7 @@ sharded code that returns nothing but activations. So the counts leave the way g
 
 import dataclasses
 import functools
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ from v4train.ops import grouped_matmul, select
 
 Kernel = Literal["fp8_triton", "fp8_interpreted"]
 """Experts in FP8 units; interpreted: the same kernels without a GPU, far too slowly for anything but tests."""
+_Units = grouped_matmul.Implementation | Kernel
 
 PROBE_SHAPE = (2, 3)
 """Activations and gradients, each: elements, saturated, vanished."""
@@ -109,10 +110,8 @@ def _rounded(x: Array, tile: tuple[int, int]) -> Array:
     return scaled.rounded(x, scaled.E4M3, block=tile)
 
 
-def _counts(x: Array, probe: Array | None, *, rows: Array | None = None) -> Array | None:
+def _counts(x: Array, *, rows: Array | None = None) -> Array:
     """Of the elements of ``x``, of which only some rows count: the others are zero."""
-    if probe is None:
-        return None
     counts = scaled.count(x, scaled.E4M3, block=_ALONG_WIDTH)
     return counts if rows is None else counts.at[0].set(rows.astype(jnp.float32) * x.shape[1])
 
@@ -130,7 +129,7 @@ def _linear(x: Array, w: Array, probe: Array | None) -> Array:
 
 
 def _linear_forward(x: Array, w: Array, probe: Array | None) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    return _linear(x, w, probe), (x, w, _counts(x, probe))
+    return _linear(x, w, probe), (x, w, None if probe is None else _counts(x))
 
 
 def _linear_backward(saved: tuple[Array, Array, Array | None], dy: Array) -> tuple[Array, Array, Array | None]:
@@ -138,14 +137,14 @@ def _linear_backward(saved: tuple[Array, Array, Array | None], dy: Array) -> tup
     g = "g" * (w.ndim - 2)
     dx = jnp.einsum(f"bs{g}f,{g}df->bs{g}d", _rounded(dy, _ALONG_WIDTH), w)
     dw = jnp.einsum(f"bs{g}d,bs{g}f->{g}df", _along_tokens(x), _along_tokens(dy))
-    return dx, dw.astype(w.dtype), None if counts is None else jnp.stack([counts, _counts(dy, counts)])
+    return dx, dw.astype(w.dtype), None if counts is None else jnp.stack([counts, _counts(dy)])
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
-def _by_matrices(x: Array, w: Array, group_sizes: Array, *, transposed: bool = False, implementation: str) -> Array:
-    if implementation in get_args(Kernel):
+def _by_matrices(x: Array, w: Array, group_sizes: Array, *, transposed: bool = False, implementation: _Units) -> Array:
+    if implementation == "fp8_triton" or implementation == "fp8_interpreted":
         from v4train.ops.kernels import fp8_matmul_triton  # Pallas takes a third of a second to import
 
         interpret = implementation == "fp8_interpreted"
@@ -154,8 +153,8 @@ def _by_matrices(x: Array, w: Array, group_sizes: Array, *, transposed: bool = F
     return grouped_matmul.by_matrices(x, w, group_sizes, transposed=transposed, implementation=implementation)
 
 
-def _by_rows(x: Array, dy: Array, group_sizes: Array, *, implementation: str) -> Array:
-    if implementation in get_args(Kernel):
+def _by_rows(x: Array, dy: Array, group_sizes: Array, *, implementation: _Units) -> Array:
+    if implementation == "fp8_triton" or implementation == "fp8_interpreted":
         from v4train.ops.kernels import fp8_matmul_triton
 
         return fp8_matmul_triton.rows_by_rows(x, dy, group_sizes, interpret=implementation == "fp8_interpreted")
@@ -163,22 +162,23 @@ def _by_rows(x: Array, dy: Array, group_sizes: Array, *, implementation: str) ->
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _grouped(x: Array, w: Array, group_sizes: Array, probe: Array | None, implementation: str) -> Array:
+def _grouped(x: Array, w: Array, group_sizes: Array, probe: Array | None, implementation: _Units) -> Array:
     return _by_matrices(grouped_matmul.zero_past_end(x, group_sizes), w, group_sizes, implementation=implementation)
 
 
-def _grouped_forward(x: Array, w: Array, group_sizes: Array, probe: Array | None, implementation: str):
+def _grouped_forward(x: Array, w: Array, group_sizes: Array, probe: Array | None, implementation: _Units):
     x = grouped_matmul.zero_past_end(x, group_sizes)
-    return _grouped(x, w, group_sizes, probe, implementation), (x, w, group_sizes, _counts(x, probe, rows=group_sizes.sum()))
+    counts = None if probe is None else _counts(x, rows=group_sizes.sum())
+    return _grouped(x, w, group_sizes, probe, implementation), (x, w, group_sizes, counts)
 
 
-def _grouped_backward(implementation: str, saved: tuple, dy: Array):
+def _grouped_backward(implementation: _Units, saved: tuple, dy: Array):
     x, w, group_sizes, counts = saved
     dy = grouped_matmul.zero_past_end(dy, group_sizes)
     dx = _by_matrices(dy, w, group_sizes, transposed=True, implementation=implementation)
     dw = _by_rows(x, dy, group_sizes, implementation=implementation)
-    of_dy = _counts(dy, counts, rows=group_sizes.sum())
-    return dx, dw.astype(w.dtype), None, None if counts is None else jnp.stack([counts, of_dy])
+    probe = None if counts is None else jnp.stack([counts, _counts(dy, rows=group_sizes.sum())])
+    return dx, dw.astype(w.dtype), None, probe
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
