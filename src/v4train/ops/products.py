@@ -18,6 +18,7 @@ files. Chosen here, where the reports are silent:
   mesh, as long as a context shard is a multiple of 128.
 * For dw, x is rounded anew from the compute dtype (DeepSeek-V3 keeps the E4M3 tiles of the forward pass and rounds those a second time: a
   byte less an element to keep, one more rounding error).
+* Experts: each device rounds what it has: where `tensor` splits their width to less than a multiple of 128, tiles are as small.
 * Experts: tiles of dw are 128 places of the buffer of sorted rows, wherever a group ends. A tile at a border is shared by two experts,
   which costs range, never correctness; groups padded to 128 would cost rows, a scale for each row could not leave the sum.
 
