@@ -30,7 +30,7 @@ from v4train.config import dump, load
 from v4train.core import compiler
 from v4train.data import batch as batch_lib
 from v4train.sharding import constrain
-from v4train.train import build, loop
+from v4train.train import build, loop, precision
 from v4train.train import config as train_config
 from v4train.train import guard as guard_lib
 from v4train.train import loss as loss_lib
@@ -49,10 +49,10 @@ class Amplified(step_lib.Step):
 
     def gradients(
         self, state: state_lib.State, batch: batch_lib.Batch, given: dict | None, counts: loss_lib.Counts
-    ) -> tuple[Array, loss_lib.Terms, dict]:
+    ) -> tuple[Array, loss_lib.Terms, dict, precision.Probes]:
         """As in every step, then amplified."""
-        loss, sums, grads = super().gradients(state, batch, given, counts)
-        return loss, sums, jax.tree.map(lambda x: x * jnp.max(batch.loss_weight).astype(x.dtype), grads)
+        loss, sums, grads, probes = super().gradients(state, batch, given, counts)
+        return loss, sums, jax.tree.map(lambda x: x * jnp.max(batch.loss_weight).astype(x.dtype), grads), probes
 
 
 @dataclasses.dataclass(frozen=True)
