@@ -158,7 +158,10 @@ def test_experts(case, implementation):
 
 def test_counts_come_out_of_scanned_and_recomputed_layers():
     rng = np.random.default_rng(4)
-    x, w = wide(rng, 1, 32, 64), np.stack([np.asarray(policy.straight_through(jnp.asarray(wide(rng, 64, 64)), "fp8")) for _ in range(3)])
+    x, w = (
+        rng.uniform(0.5, 2, (1, 32, 64)).astype(np.float32),
+        np.stack([np.asarray(policy.straight_through(jnp.asarray(wide(rng, 64, 64)), "fp8")) for _ in range(3)]),
+    )
     x[0, :, 0] = 460.0
     x[0, :, 1] = 2.0**-12
 
