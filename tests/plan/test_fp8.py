@@ -1,4 +1,4 @@
-"""FP8 instructions are found in PTX by kernel, and nothing else is taken for them. The compiled step: with a vendor's compiler."""
+"""Products of FP8 codes are found in a program's text by name, and nothing else is taken for them; a step compiled for an H100 has them."""
 
 import importlib.util
 import pathlib
@@ -9,37 +9,33 @@ from v4train import recipe as recipe_lib
 from v4train.cli import plan_compile
 from v4train.plan import fp8
 
-PTX = """
-.visible .entry fp8_rows_by_matrices(
-	wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {%f1}, %rd1, %rd2, p, 1, 1;
-	wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {%f1}, %rd1, %rd2, p, 1, 1;
-	cvt.rn.satfinite.e4m3x2.f32 %rs1, %f1, %f2;
-.visible .entry loop_fusion(
-	cvt.rn.f16x2.e4m3x2 %r1, %rs1;
-.visible .entry bf16_rows(
-	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}, {%r1}, {%r2}, {%f1};
-.visible .entry older(
-	mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%f1}, {%r1}, {%r2}, {%f1};
-"""
+
+def call(name, *operands):
+    return (
+        '  %k = bf16[8,8]{1,0} custom-call(%a, %b), custom_call_target="__gpu$xla.gpu.triton", operand_layout_constraints={'
+        + ", ".join(operands)
+        + f'}}, api_version=API_VERSION_TYPED_FFI, metadata={{op_name="jit(step)/{name}/pallas_call"}}\n'
+    )
 
 
-def test_instructions_are_counted_by_kernel(tmp_path):
-    (tmp_path / "module_0001.ptx").write_text(PTX)
-    assert fp8.kernels(tmp_path, program="") == {"fp8_rows_by_matrices": 2, "older": 1}
-    call = '%c = custom-call(%a, %b), custom_call_target="__cublas$lt$matmul$f8"'
-    assert fp8.kernels(tmp_path / "empty", program=call) == {"__cublas$lt$matmul$f8": 1}
-    assert fp8.kernels(tmp_path / "empty", program='custom_call_target="__cublas$lt$matmul"') == {}
+def test_products_are_counted_by_name():
+    codes, scales, wide = "f8e4m3fn[8,8]{1,0}", "f32[8,1]{1,0}", "bf16[8,8]{1,0}"
+    program = call("fp8_rows", codes, scales, codes, scales) * 2 + call("rows", wide, wide) + call("mixed", codes, wide)
+    assert fp8.products(program) == {"fp8_rows": 2}
+    library = '%c = custom-call(%a, %b), custom_call_target="__cublas$lt$matmul$f8"'
+    assert fp8.products(library) == {"__cublas$lt$matmul$f8": 1}
+    assert fp8.products('custom_call_target="__cublas$lt$matmul"') == {}
 
 
 @pytest.mark.slow  # a minute, and only where the vendor's compiler is installed (make aot)
-def test_the_step_compiled_for_an_h100_multiplies_experts_in_fp8_units():
+def test_the_step_compiled_for_an_h100_multiplies_the_codes_of_experts():
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip("the vendor's compiler is not installed here: make aot")
     path = pathlib.Path(__file__).parents[2] / "configs/bench/precision.yaml"
 
-    def kernels(*overrides):
-        found = plan_compile.run(recipe_lib.resolve(str(path), overrides=overrides).config, target="H100:1x1").fp8
-        return {next((name for name in ("fp8_rows_by_matrices", "fp8_rows_by_rows") if name in kernel), kernel) for kernel in found}
+    def products(*overrides):
+        recipe = recipe_lib.resolve(str(path), overrides=["mesh.emulate_devices=null", *overrides]).config
+        return set(plan_compile.run(recipe, target="H100:1x1").fp8)
 
-    assert kernels() == set()
-    assert kernels("numerics.linear=fp8", "numerics.experts=fp8") == {"fp8_rows_by_matrices", "fp8_rows_by_rows"}
+    assert products() == set()
+    assert products("numerics.linear=fp8", "numerics.experts=fp8") == {"fp8_rows_by_matrices", "fp8_rows_by_rows"}

@@ -94,7 +94,7 @@ def table(report: "compile.Report", *, estimate: Mapping[str, float] | None = No
         lines.append(f"  made whole on every device, because the partitioner found no other way ({len(report.replicated)}):")
         lines += [f"    {shape:<28} {op}" for shape, op in report.replicated]
     if report.fp8:
-        lines.append(f"  multiplied in FP8 units: {sum(report.fp8.values())} instructions in {len(report.fp8)} kernels")
+        lines.append("  products of FP8 codes, and how often they are called:")
         lines += [f"    {name:<40} {count}" for name, count in report.fp8.items()]
     lines.append("  largest temporaries, side by side in memory:")
     lines += [f"    {_gb(buffer.size):>12}  {buffer.shape:<28} {buffer.op_name}" for buffer in report.largest]

@@ -57,7 +57,7 @@ class Report:
         replicated: arrays that the partitioner made whole on every device because it found no other way, with how often.
         largest: the largest temporaries.
         seconds: to lower and to compile.
-        fp8: kernels that multiply in FP8 units, with their number of such instructions (`plan.fp8`); for GPUs.
+        fp8: what multiplies codes of FP8, with the number of its calls (`plan.fp8`); for GPUs.
     """
 
     target: targets.Target
@@ -102,7 +102,7 @@ class Report:
             "rounds": [{"loop": loop, "sent_bytes": sent} for loop, sent in self.listing.rounds.items()],
             "replicated": [{"shape": shape, "op": op, "times": n} for (shape, op), n in self.replicated.items()],
             "largest": [dataclasses.asdict(buffer) for buffer in self.largest],
-            "fp8_kernels": self.fp8,
+            "fp8_products": self.fp8,
             "seconds": {"lower": round(self.seconds[0], 1), "compile": round(self.seconds[1], 1)},
         }
 
@@ -226,7 +226,7 @@ def _account(dump: pathlib.Path, *, target: targets.Target, mesh: dict[str, int]
         replicated=_replicated(told),
         largest=account.largest,
         seconds=seconds,
-        fp8=fp8.kernels(dump, program=text),
+        fp8=fp8.products(text),
     )
 
 

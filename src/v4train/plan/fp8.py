@@ -1,33 +1,30 @@
-"""Whether a program compiled for a GPU multiplies in FP8 units: by the instructions in its machine code, not by what we asked for.
+"""Whether a program compiled for a GPU multiplies codes of FP8: by what stands in the program, not by what we asked for.
 
-A product of FP8 codes can be lost on the way: a compiler may convert the codes and multiply in bf16, and the numbers would be the same.
-What it cannot hide is the instruction. The GPU's compiler leaves the program in PTX, where tensor cores are told the types of both factors:
-``wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3`` on Hopper, ``mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32`` before.
-XLA's own FP8 matmuls are calls of cuBLASLt and stand in the program's text: ``__cublas$lt$matmul$f8``.
+A product of FP8 codes can be lost on the way: emulated, it multiplies their values in bf16, and the numbers are the same. Two things in a
+compiled program multiply codes: a kernel of ours (Triton's) that takes two arrays of them, and the library's FP8 matmul. Products that were
+emulated take none.
+
+It does not look into the kernel: that Triton makes ``wgmma`` of 8 bits of its dot is the compiler's business, and is not shown.
 """
 
-import pathlib
 import re
 
-_INSTRUCTION = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.\S*e4m3\.e4m3")
-_ENTRY = re.compile(r"\.entry\s+([\w$.]+)")
-_CALL = "__cublas$lt$matmul$f8"
+_KERNEL = re.compile(r'custom_call_target="__gpu\$xla\.gpu\.triton", operand_layout_constraints=\{(.*?)\}, api_version.*?op_name="([^"]*)"')
+_LIBRARY = re.compile(r'custom_call_target="(__cublas\$lt\$matmul\$f8)"')
+_CODES = "f8e4m3fn["
 
 
-def kernels(directory: pathlib.Path, *, program: str) -> dict[str, int]:
-    """Kernel -> how many instructions on FP8 codes it has; library calls are under the library's name.
+def products(program: str) -> dict[str, int]:
+    """Name of a kernel or library function that multiplies arrays of E4M3 -> how often the program calls it.
 
     Args:
-        directory: where the compiler has left its PTX (``xla_dump_to``).
         program: the compiled program's text.
     """
     found: dict[str, int] = {}
-    for file in sorted(directory.glob("*.ptx")):
-        kernel = ""
-        for line in file.read_text(errors="replace").splitlines():
-            if entry := _ENTRY.search(line):
-                kernel = entry[1]
-            if _INSTRUCTION.search(line):
-                found[kernel] = found.get(kernel, 0) + 1
-    calls = program.count(f'custom_call_target="{_CALL}"')
-    return found | ({_CALL: calls} if calls else {})
+    for operands, path in _KERNEL.findall(program):
+        if operands.count(_CODES) >= 2:
+            name = path.split("/")[-2] if path.endswith("/pallas_call") else path
+            found[name] = found.get(name, 0) + 1
+    for name in _LIBRARY.findall(program):
+        found[name] = found.get(name, 0) + 1
+    return found
