@@ -235,6 +235,12 @@ def _gradients_are_summed(r: Recipe) -> str | None:
     return None
 
 
+def _something_is_emulated(r: Recipe) -> str | None:
+    if r.numerics.emulate and not r.numerics.low_precision:
+        return "numerics.emulate is true, but nothing is in FP8; remove it or set numerics.experts"
+    return None
+
+
 CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
     _phases_fit,
     _stages_fit,
@@ -254,6 +260,7 @@ CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
     _schedule_fits,
     _groups_of_fp4_divide,
     _gradients_are_summed,
+    _something_is_emulated,
 )
 
 

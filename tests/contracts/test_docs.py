@@ -28,6 +28,7 @@ PAGES = (
     "docs/efficiency.md",
     "docs/evaluation.md",
     "docs/generate.md",
+    "docs/low_precision.md",
     "docs/open_weights.md",
     "docs/parallelism.md",
     "docs/planner.md",

@@ -6,7 +6,11 @@ import pytest
 
 from tests.train import tiny
 from tests.train.compiled import case
+from v4train import recipe as recipe_lib
+from v4train.numerics import config as numerics_config
+from v4train.ops import products, select
 from v4train.sharding import rules
+from v4train.train import precision
 from v4train.train.hooks import metrics
 
 FP8 = {"compute": "float32", "linear": "fp8", "experts": "fp8"}
@@ -85,10 +89,21 @@ def test_it_learns_and_reports_by_role(alone):
     assert record["saturated/activations/linear"] > 0, "between 448 and 464 times the scale"
 
 
-def test_in_the_compute_dtype_nothing_is_counted(data):
-    here = case(data, **(text(data) | {"numerics": {"compute": "float32"}}))
-    _, report = jax.eval_shape(lambda state: here.run(state, here.batch()), here.state)
-    assert report.rounding == {}
+def test_in_the_compute_dtype_nothing_is_chosen_or_counted():
+    config = numerics_config.NumericsConfig()
+    assert precision.probes(config) == {}
+    with precision.formats(config, counted={}):
+        assert select.implementation("linear_product") == select.implementation("experts_product") == "compute"
+    assert precision.by_role({}, {}) == {}
+
+
+def test_fp8_kernels_can_be_left_out():
+    for emulate, units in ((False, "fp8_triton"), (True, "emulated")):
+        config = numerics_config.NumericsConfig(experts="fp8", emulate=emulate)
+        with select.compiling_for("gpu"), precision.formats(config):
+            assert select.implementation("fp8_experts") == units
+            assert isinstance(select.implementation("experts_product"), products.Fp8)
+            assert select.implementation("linear_product") == "compute"
 
 
 def test_gradient_sums_in_bf16_are_near_those_in_fp32(data):
@@ -109,8 +124,15 @@ def test_gradient_sums_in_bf16_are_near_those_in_fp32(data):
     assert apart > 0
 
 
-def test_settings_that_cannot_work_are_refused(data):
-    with pytest.raises(ValueError, match=r"numerics.gradient_sums is bfloat16, but train.microbatches is 1"):
-        tiny.recipe(data, numerics={"gradient_sums": "bfloat16"})
-    with pytest.raises(ValueError, match=r"numerics.experts mxfp4 has a scale for 32 inputs, which must divide model.moe.ffn 16"):
-        tiny.recipe(data, numerics={"experts": "mxfp4"})
+@pytest.mark.parametrize(
+    ("numerics", "message"),
+    [
+        ({"gradient_sums": "bfloat16"}, r"numerics.gradient_sums is bfloat16, but train.microbatches is 1"),
+        ({"experts": "mxfp4"}, r"numerics.experts mxfp4 has a scale for 32 inputs, which must divide model.moe.ffn 16"),
+        ({"emulate": True}, r"numerics.emulate is true, but nothing is in FP8"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(data, tmp_path, numerics, message):
+    path = tiny.write(tmp_path / "recipe.yaml", data, tmp_path, numerics=numerics)
+    with pytest.raises(ValueError, match=message):
+        recipe_lib.resolve(path)
