@@ -1,6 +1,7 @@
 """`v4train bench precision`: figures from records, differences, limits, and what is refused."""
 
 import copy
+import json
 
 import pytest
 
@@ -23,6 +24,14 @@ def test_figures_are_of_the_last_steps_and_the_last_evaluation():
     assert [step for step, _ in found["curve"]] == [20, 40, 60, 80, 100]
 
 
+def test_a_finished_run_is_read_and_not_trained_again(tmp_path):
+    (tmp_path / "fp8").mkdir()
+    (tmp_path / "fp8" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records(2.0)))
+    assert precision._run("no such recipe", "fp8", [], steps=100, directory=tmp_path)["final_loss"] == 2.0
+    with pytest.raises(ValueError, match="fp8: the run ended with exit code"):
+        precision._run("no such recipe", "fp8", [], steps=200, directory=tmp_path)
+
+
 def test_a_run_without_losses_is_refused():
     with pytest.raises(ValueError, match="no training loss or no held-out loss"):
         precision.summary([])
@@ -32,7 +41,7 @@ def test_variants_are_compared_with_bf16_and_held_to_their_limits(monkeypatch, t
     levels = {"bf16": 2.0, "fp8": 2.008, "fp8_mxfp4": 2.05, "bf16_other_seed": 1.99}
     asked = {}
 
-    def run(path, name, overrides, *, directory):
+    def run(path, name, overrides, *, steps, directory):
         asked[name] = tuple(overrides)
         return copy.deepcopy(precision.summary(records(levels[name])))
 

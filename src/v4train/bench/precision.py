@@ -49,7 +49,8 @@ def measure(path: str, *, directory: pathlib.Path | None, yardstick: bool, overr
     recipe = recipe_lib.resolve(path, overrides=overrides).config
     variants = VARIANTS | (YARDSTICK if yardstick else {})
     with tempfile.TemporaryDirectory(prefix="v4train-precision-") as made:
-        runs = {name: _run(path, name, [*overrides, *variants[name]], directory=(directory or pathlib.Path(made))) for name in variants}
+        where = {"steps": recipe.train.steps, "directory": directory or pathlib.Path(made)}
+        runs = {name: _run(path, name, [*overrides, *variants[name]], **where) for name in variants}
     differences = {name: _difference(runs[name], runs["bf16"]) for name in runs if name != "bf16"}
     for name, limit in LIMITS.items():
         differences[name] |= {"limit": limit, "passed": abs(differences[name]["final_loss"]) <= limit}
@@ -67,7 +68,10 @@ def measure(path: str, *, directory: pathlib.Path | None, yardstick: bool, overr
     }
 
 
-def _run(path: str, name: str, overrides: Sequence[str], *, directory: pathlib.Path) -> dict[str, Any]:
+def _run(path: str, name: str, overrides: Sequence[str], *, steps: int, directory: pathlib.Path) -> dict[str, Any]:
+    records = record.read(directory / name / "metrics.jsonl")
+    if any(r["kind"] == "eval" and r["step"] == steps for r in records):
+        return summary(records)
     command = [sys.executable, "-m", "v4train.train", "--config", path, "--set", f"train.run_directory={directory / name}"]
     for text in overrides:
         command += ["--set", text]
