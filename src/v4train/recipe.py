@@ -46,7 +46,7 @@ class Recipe(base.Config):
     numerics: numerics_config.NumericsConfig = numerics_config.NumericsConfig()
     model: model_config.ModelConfig
     data: data_config.DataConfig
-    optimizer: optim_config.OptimizerConfig
+    optimizer: optim_config.AnyOptimizerConfig
     train: train_config.TrainConfig
     cluster: train_config.ClusterConfig = train_config.ClusterConfig()
     checkpoint: checkpoint_config.CheckpointConfig = checkpoint_config.CheckpointConfig()

@@ -60,6 +60,11 @@ def test_one_complete_object_on_stdout(recipe, capsys):
     assert result["parameters"]["total"] > result["parameters"]["active"] > 0
     assert result["peak_memory_bytes"] > 10**8
     assert result["compiled_memory"]["temp_bytes"] > 0
+    optimizer, tokens = result["optimizer"], 64 * result["model_flops_per_token"]
+    update = optimizer["newton_schulz_flops"] + optimizer["elementwise_flops"]
+    assert optimizer["flops_share"] == pytest.approx(update / (update + tokens))
+    assert 0 < optimizer["update_seconds"]["min"] <= optimizer["update_seconds"]["median"] <= optimizer["update_seconds"]["max"]
+    assert optimizer["seconds_share"] == pytest.approx(optimizer["update_seconds"]["median"] / seconds["median"], rel=1e-2)
     assert 4.5 < result["loss"] < 6.5
     assert result["finite"] is True
     assert result["busiest_expert"] >= 1

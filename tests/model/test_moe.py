@@ -89,6 +89,16 @@ def test_the_clamp_is_on_the_shared_path_and_on_the_routed_one(case):
         assert np.abs(with_scale(name, 1e7) - with_scale(name, 1.0)).max() > 0.1
 
 
+def test_the_shared_expert_may_be_left_uncut():
+    config = small.config(moe={"experts": 6, "top_k": 2, "ffn": 16, "swiglu_limit": 0.7, "clamp_shared": False})
+    layer = moe.SharedExpert(config)
+    params = small.draw(param.declarations(layer), experts=6)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 32)) * 10, jnp.float32)
+    gate, up = x @ params["w1"], x @ params["w3"]
+    assert (gate > 0.7).any()
+    np.testing.assert_allclose(param.bind(layer, params)(x), (gate * jax.nn.sigmoid(gate) * up) @ params["w2"], rtol=1e-5, atol=1e-5)
+
+
 def test_the_gradient_at_the_clamp():
     """The gate passes gradient below its limit only, the up-projection inside its limits only; beyond them exactly none."""
     gate = jnp.asarray([-50.0, -1.0, 9.99, 10.01, 50.0])

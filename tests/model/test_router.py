@@ -226,6 +226,22 @@ def test_tables_differ_by_seed_and_repeat_with_it(table):
     assert (router.balanced_table(counts, experts=64, top_k=6, seed=4) != table).mean() > 0.9
 
 
+def test_a_round_robin_table_takes_the_next_experts():
+    table = router.hash_table("round_robin", zipf(100), experts=10, top_k=3, seed=3)
+    assert table.dtype == np.int32
+    assert [set(row) for row in table[:4].tolist()] == [{0, 1, 2}, {3, 4, 5}, {6, 7, 8}, {9, 0, 1}]
+
+
+def test_a_random_table_has_distinct_experts_and_follows_its_seed():
+    first, again, other = (router.hash_table("random", zipf(5000), experts=64, top_k=6, seed=seed) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).mean() > 0.9
+    assert first.shape == (5000, 6)
+    assert (np.diff(np.sort(first, axis=1), axis=1) > 0).all()
+    loads = np.bincount(first.ravel(), minlength=64)
+    assert loads.min() > 0.7 * loads.mean(), "every expert is as likely"
+
+
 def test_filling_gives_every_hash_layer_a_table_of_its_own_and_changes_nothing_else():
     config = small.config("window", "window", "csa", moe={"hash_layers": 2})
     declared = small.declarations(config)

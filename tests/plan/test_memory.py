@@ -116,3 +116,12 @@ def test_within_15_percent_of_the_compiler(name):
     ours = phase(recipe).memory
     assert ours.state == pytest.approx(told.arguments, rel=0.01)
     assert ours.total == pytest.approx(told.arguments + told.temporaries, rel=0.15)
+
+
+@pytest.mark.parametrize("name, each", [("scale_by_lion", 4), ("scale_by_adam", 8), ("identity", 0)])
+def test_the_state_of_named_transforms_is_what_optax_keeps(name, each):
+    schedule = {"peak_lr": 1e-3, "final_lr": 1e-4, "warmup_steps": 0, "decay_steps": 0}
+    recipe = small.recipe(optimizer={"kind": "optax", "transforms": [{"name": name}], "schedule": schedule})
+    parts = phase(recipe, per_layer=KEPT).memory.parts
+    assert parts["optimizer"] == pytest.approx(each / 4 * parts["parameters"], rel=1e-3, abs=100)
+    assert parts["newton_schulz"] == 0

@@ -3,12 +3,15 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.train import tiny
 from tests.train.compiled import case
 from v4train.core import param, tree
+from v4train.model import config as model_config
+from v4train.train import step as step_lib
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +139,14 @@ def test_router_biases_move_against_the_load_without_padding(base):
     np.testing.assert_array_equal(report.load[0, 0], np.bincount(tables[0][0][text].ravel(), minlength=8))
     same = [(a == b).all() for p, a, b in zip(paths, *(jax.tree.leaves(s.buffers) for s in (new, base.state)), strict=True) if "table" in p]
     assert same == [True]
+
+
+def test_the_bias_may_warm_up():
+    moe = model_config.MoeConfig(experts=4, top_k=2, ffn=8, bias_speed=0.02)
+    assert step_lib.bias_speed(moe, jnp.int32(0)) == 0.02
+    slow = moe.model_copy(update={"bias_warmup_steps": 4})
+    found = [float(step_lib.bias_speed(slow, jnp.int32(step))) for step in (0, 1, 3, 4, 100)]
+    np.testing.assert_allclose(found, [0.005, 0.01, 0.02, 0.02, 0.02], rtol=1e-6)
 
 
 def poison(state, *, path, value):

@@ -3,7 +3,8 @@
 Everything comes from `train.build`, so what is measured is what `v4train train` runs; only hooks and checkpoints are missing. A batch is
 on the devices before its step's clock starts, and the clock stops when state and report are ready: ``step_seconds`` is the device's time
 plus one dispatch. ``batch_seconds`` is what the loop would wait for data beside that (the trainer overlaps the two). The median is
-reported, because one slow step (another process, a page fault) says nothing about the program.
+reported, because one slow step (another process, a page fault) says nothing about the program. After the last step the optimizer's update
+is run alone (`update`), for its share of a step.
 
 MFU credits attention sparsely (`model.flops`). What the same shape would be credited with dense attention stands apart and enters no
 other figure: a sparse model that claims it looks several times faster than it is.
@@ -19,7 +20,7 @@ from typing import Any
 import jax
 
 from v4train import recipe as recipe_lib
-from v4train.bench import machine
+from v4train.bench import machine, update
 from v4train.config import dump, load
 from v4train.core import hardware
 from v4train.model import count, flops
@@ -29,12 +30,13 @@ from v4train.train.hooks import metrics
 
 @dataclasses.dataclass(frozen=True)
 class _Timed:
-    """Seconds of each measured step, and of the wait for each batch; what the last report said; when the first step ended."""
+    """Seconds of each measured step, and of the wait for each batch; what the last report said; when the first step ended; the state."""
 
     steps: list[float]
     batches: list[float]
     report: Any
     first_step_ended: float
+    state: Any
 
 
 def measure(
@@ -70,7 +72,7 @@ def measure(
     program = build.compile_program(parts)
     say(f"compiled in {program.compile_seconds:.1f} s; {warmup} + {steps} steps of {parts.data.tokens_per_step:,} tokens")
     timed = _time_steps(parts, program, steps=steps, warmup=warmup, say=say)
-    rate = parts.data.tokens_per_step / statistics.median(timed.steps)
+    rate, peak = parts.data.tokens_per_step / statistics.median(timed.steps), metrics.peak_memory_bytes()
     return {
         "bench": "step",
         "recipe": recipe.name,
@@ -90,8 +92,9 @@ def measure(
         "compile_seconds": round(program.compile_seconds, 3),
         "first_step_seconds": round(timed.first_step_ended - program_started, 3),
         **_work(recipe, rate=rate, devices=parts.mesh.size),
-        "peak_memory_bytes": metrics.peak_memory_bytes(),
+        "peak_memory_bytes": peak,
         "compiled_memory": machine.compiled_memory(next(iter(program.steps.values()))),
+        "optimizer": update.measure(parts, timed.state, repeats=steps, step_seconds=statistics.median(timed.steps)),
         "parameters": _parameters(parts),
         "loss": float(timed.report.loss),
         "finite": bool(timed.report.finite),
@@ -116,7 +119,7 @@ def _time_steps(parts: build.Parts, program: build.Program, *, steps: int, warmu
             waits.append(started - drawn)
             seconds.append(ended - started)
         say(f"step {i + 1}{' (warm-up)' if i < warmup else ''}: {ended - started:.3f} s")
-    return _Timed(seconds, waits, jax.device_get(report), first_step_ended)
+    return _Timed(seconds, waits, jax.device_get(report), first_step_ended, state)
 
 
 def _spread(seconds: list[float]) -> dict[str, float]:

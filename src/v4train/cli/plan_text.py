@@ -9,7 +9,7 @@ import rich.text
 
 from v4train import recipe as recipe_lib
 from v4train.model import flops
-from v4train.plan import comms, cost, estimate, machine, memory, report, search
+from v4train.plan import comms, cost, estimate, machine, memory, report, search, timing
 
 _WIDTH = 100
 _BAR = 24
@@ -160,7 +160,7 @@ def _time(plan: estimate.Estimate, phase: estimate.Phase) -> rich.table.Table:
         "matrix products": (times.products, "recomputation included"),
         "vector work": (times.vector, "bound by memory bandwidth"),
         "network, not hidden": (times.exposed, f"of {_seconds(sum(times.network.values()))} s"),
-        "optimizer": (times.optimizer, "Newton-Schulz, its exchange, the update"),
+        "optimizer": (times.optimizer, f"Newton-Schulz, its exchange, the update; {_optimizer_share(times):.1%} of the FLOPs"),
     }
     for name, (seconds, remark) in parts.items():
         table.add_row(name, _seconds(seconds), rich.text.Text(_bar(seconds / times.step)).append(f" {remark}", style="dim"))
@@ -170,6 +170,10 @@ def _time(plan: estimate.Estimate, phase: estimate.Phase) -> rich.table.Table:
         "step", _seconds(times.step), f"{_short(rate)} tokens/s, {rate / plan.on.devices:,.0f} a device; MFU {times.mfu:.1%}", style="bold"
     )
     return table
+
+
+def _optimizer_share(times: timing.Timing) -> float:
+    return times.update.total / (times.update.total + times.flops)
 
 
 def _cost(plan: estimate.Estimate) -> rich.table.Table:

@@ -181,6 +181,7 @@ def _problem(details: pydantic_core.ErrorDetails, root: tree.Node, cls: type[pyd
 
 def _tag_problem(spot: _Spot, context: Mapping) -> error.Problem:
     key = context["discriminator"].strip("'")
+    key = "kind" if key.endswith("()") else key  # a function that supplies a kind where none is given
     allowed = [tag for member in _members(_bare(spot.kind)) for tag in _tags(_bare(member), key)]
     tag = _child(spot.node, key)
     place = tag or spot.node or spot.parent

@@ -27,7 +27,9 @@ UNSAID = (
     "kinds.*.phase",
     "attention.chunk",
     "hyper.scale_init",
+    "moe.hash_table",
     "moe.bias_speed",
+    "moe.bias_warmup_steps",
     "moe.balance_loss",
     "moe.exchange.transport",
     "moe.exchange.capacity",
@@ -358,6 +360,11 @@ def config_json(model: config_lib.ModelConfig, *, precision: names.Precision = "
     if model.moe.affinity != "sqrt_softplus":
         raise ValueError(
             f"moe.affinity is {model.moe.affinity}: the V4 class of `transformers` computes sqrt_softplus only, so no other can be exported"
+        )
+    if not model.moe.clamp_shared:
+        raise ValueError(
+            "moe.clamp_shared is false: the V4 class of `transformers` cuts the shared expert, too, so only a model trained with "
+            "moe.clamp_shared: true can be exported"
         )
     tokens = tokens or TokenIds()
     types = {ours: theirs for theirs, ours in _TYPES.items()}

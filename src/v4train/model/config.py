@@ -84,6 +84,9 @@ class AttentionConfig(base.Config):
     compressed_rope_theta: float = pydantic.Field(default=160_000.0, gt=0)
     """Of layers with compressed entries: for queries, raw keys, entries and indexer alike."""
     yarn: YarnConfig | None = YarnConfig()
+    """Of layers with compressed entries, from the first step on; null: none. Whether DeepSeek trained at 4K with it is not published. The
+    scaling acts at all positions, so it is not only a matter of long rows. transformers and Megatron-LM have it at any length if the config
+    has it; MaxText has none."""
     chunk: _Positive = 128
     """Queries computed at a time; memory grows with it, results do not depend on it."""
 
@@ -108,7 +111,7 @@ class HyperConnectionConfig(base.Config):
     eps: float = pydantic.Field(default=1e-6, gt=0)
     """Added to the divisors of Sinkhorn and to the gates."""
     scale_init: float = 0.01
-    """First value of the gating factors: 0.01 as Megatron, 1 as `transformers`; DeepSeek's is unpublished."""
+    """First value of the gating factors. The paper says that they start small, not how small. Megatron-LM: 0.01; transformers: 1."""
 
 
 class ResidualConfig(base.Config):
@@ -162,10 +165,21 @@ class MoeConfig(base.Config):
     """Factor on the normalised mixing weights (1.5 Flash, 2.5 Pro)."""
     swiglu_limit: float = pydantic.Field(default=10.0, gt=0)
     """The gate is cut above this, the other factor at plus and minus this."""
+    clamp_shared: bool = True
+    """The shared expert is cut, too. The paper does not say. transformers and NeMo Automodel cut it, both after a correction; DeepSeek's
+    first published inference code cut the routed experts only."""
     hash_layers: int = pydantic.Field(default=3, ge=0)
-    """First layers, whose text tokens are routed by a fixed table of token ids."""
+    """First layers, whose text tokens are routed by a fixed table of token ids. V4: 3; V4.1: none."""
+    hash_table: Literal["balanced", "round_robin", "random"] = "balanced"
+    """How the tables are made, of which nothing is published. balanced: by token counts of the training data, frequent tokens first, each
+    to the least loaded experts (as kexue.fm 11750 proposes); round_robin: token t to the experts from k t on (Megatron-LM, which warns
+    of the imbalance); random: k experts drawn for each token (AMD Primus). transformers and MaxText have zeros until a checkpoint is
+    loaded: all tokens on one expert."""
     bias_speed: float = pydantic.Field(default=0.001, ge=0)
-    """Change of the selection bias per step."""
+    """Change of the selection bias per step. V4: 0.001."""
+    bias_warmup_steps: int = pydantic.Field(default=0, ge=0)
+    """Steps over which the change rises to `bias_speed`, in a straight line. Whether DeepSeek had a warm-up is not published. Megatron-LM
+    (`moe_router_bias_update_rate`) and MaxText (`routed_bias_update_rate`) have none."""
     balance_loss: float = pydantic.Field(default=1e-4, ge=0)
     """Weight of the sequence-wise balance loss."""
     exchange: ExchangeConfig = ExchangeConfig()
@@ -235,9 +249,11 @@ class ModelConfig(base.Config):
     norm_eps: float = pydantic.Field(default=1e-6, gt=0)
     """Added to the mean square in every norm."""
     init_std: float = pydantic.Field(default=0.02, gt=0)
-    """Standard deviation of first values."""
+    """Standard deviation of first values. That of DeepSeek's run is not published; the released config.json and Megatron-LM's default
+    (`init_method_std`) are 0.02; MaxText draws by fan-in instead."""
     indexer_loss: float = pydantic.Field(default=1e-2, ge=0)
-    """Weight of the indexer's KL loss."""
+    """Weight of the indexer's KL loss. DeepSeek's is not published. Megatron-LM's recipe: 0.01; NeMo Automodel freezes the indexer, and
+    MaxText's main branch has no such loss."""
     remat: Literal["none", "full", "dots"] = "full"
     """What a layer keeps for the backward pass. none: everything; dots: results of matrix products; full: its input only."""
     loss_chunk: _Positive = 2048

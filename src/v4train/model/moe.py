@@ -1,11 +1,13 @@
 """Experts: many routed ones, of which a token uses a few, and a shared one that every token uses.
 
-An expert is a SwiGLU whose gate is clamped from above and whose up-projection from both sides, on every path, also the shared one.
+An expert is a SwiGLU whose gate is clamped from above and whose up-projection from both sides, on every path, the shared one included
+unless the recipe says otherwise.
 Routed experts are split over devices and tokens travel to them (`ops.exchange`); nothing is dropped unless the recipe asks for it. Each
 expert's hidden width is split over `tensor`: the devices that share an expert see the same tokens and add up what they compute.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -32,7 +34,7 @@ class SharedExpert(nnx.Module):
 
     def __init__(self, config: config_lib.ModelConfig):
         width, init = config.moe.ffn * config.moe.shared, param.Normal(config.init_std)
-        self.limit = config.moe.swiglu_limit
+        self.limit = config.moe.swiglu_limit if config.moe.clamp_shared else math.inf
         self.w1 = param.param((config.hidden, width), "D F", init, product="linear")
         self.w3 = param.param((config.hidden, width), "D F", init, product="linear")
         self.w2 = param.param((width, config.hidden), "F D", init, product="linear")

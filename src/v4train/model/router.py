@@ -102,9 +102,29 @@ def _balance_loss(affinity: Array, picked: Array, segment_ids: Array, top_k: int
     return jnp.sum(jnp.sum(share * chosen, axis=-1) * real / tokens) * affinity.shape[-1] / top_k
 
 
-def update_bias(bias: Float[Array, "... m e"], load: Float[Array, "... m e"], *, speed: float) -> Float[Array, "... m e"]:
+def update_bias(
+    bias: Float[Array, "... m e"], load: Float[Array, "... m e"], *, speed: Float[Array, ""] | float
+) -> Float[Array, "... m e"]:
     """Raises the bias of experts below the mean load of a modality and lowers it above, by ``speed``; absent modalities keep theirs."""
     return bias + speed * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
+
+
+def hash_table(kind: str, counts: np.ndarray, *, experts: int, top_k: int, seed: int) -> np.ndarray:
+    """The hash table of one layer, as `MoeConfig.hash_table` says: i32 ``[vocab, top_k]``, distinct experts per token."""
+    makers = {"balanced": balanced_table, "round_robin": _round_robin_table, "random": _random_table}
+    return makers[kind](counts, experts=experts, top_k=top_k, seed=seed)
+
+
+def _round_robin_table(counts: np.ndarray, *, experts: int, top_k: int, seed: int) -> np.ndarray:
+    """The same in every layer."""
+    del seed
+    return ((np.arange(len(counts))[:, None] * top_k + np.arange(top_k)) % experts).astype(np.int32)
+
+
+def _random_table(counts: np.ndarray, *, experts: int, top_k: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    blocks = np.array_split(np.arange(len(counts)), max(1, len(counts) // 4096))
+    return np.concatenate([rng.random((len(rows), experts), np.float32).argsort(axis=1)[:, :top_k] for rows in blocks]).astype(np.int32)
 
 
 def balanced_table(counts: np.ndarray, *, experts: int, top_k: int, seed: int) -> np.ndarray:

@@ -149,7 +149,7 @@ def _gathered(module: nnx.Module) -> nnx.Module:
     return nnx.merge(graph, layer, stack.unshard(own))
 
 
-def update_router_biases(params: dict, loads: dict, *, speed: float) -> dict:
+def update_router_biases(params: dict, loads: dict, *, speed: Float[Array, ""] | float) -> dict:
     """Moves every selection bias towards balance after a step; returns new parameters, the rest unchanged."""
 
     def moved(block: dict, load: Array) -> dict:
@@ -165,10 +165,11 @@ def update_router_biases(params: dict, loads: dict, *, speed: float) -> dict:
     return new
 
 
-def fill_hash_tables(params: dict, *, declarations: dict, counts: np.ndarray, seed: int) -> dict:
-    """Gives every hash-routed layer a table balanced by token frequencies; returns new parameters, the rest unchanged.
+def fill_hash_tables(params: dict, *, declarations: dict, counts: np.ndarray, seed: int, kind: str = "balanced") -> dict:
+    """Gives every hash-routed layer its table; returns new parameters, the rest unchanged.
 
     Args:
+        kind: of table, `MoeConfig.hash_table`.
         counts: occurrences of each token id in the training data, ``[vocab]``.
     """
 
@@ -178,7 +179,8 @@ def fill_hash_tables(params: dict, *, declarations: dict, counts: np.ndarray, se
         layers, _, top_k = declaration.shape
         name = param.path_name(path)
         experts = _experts_of(declarations, name)
-        tables = [router.balanced_table(counts, experts=experts, top_k=top_k, seed=param.fold(seed, f"{name}/{i}")) for i in range(layers)]
+        seeds = [param.fold(seed, f"{name}/{i}") for i in range(layers)]
+        tables = [router.hash_table(kind, counts, experts=experts, top_k=top_k, seed=one) for one in seeds]
         return jax.device_put(np.stack(tables), x.sharding)
 
     return jax.tree_util.tree_map_with_path(fill, declarations, params, is_leaf=param.is_declaration)

@@ -1,6 +1,6 @@
 """What the optimizer can be told. Defaults are DeepSeek-V4's where the paper (section 4.2) gives them."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -94,29 +94,78 @@ class DecayConfig(base.Config):
     """What else shrinks by `weight_decay`. Matrices, embedding and head always do."""
 
     norms: bool = True
-    """Weights of norms."""
+    """Weights of norms. V4 and V4.1: yes; torchtitan and MaxText: yes, like everything; Megatron-LM: nothing of one dimension."""
     position_tables: bool = False
-    """The compressors' tables of position logits."""
+    """The compressors' tables of position logits. The paper does not say. Megatron-LM and torchtitan: yes, for want of a rule."""
     sinks: bool = False
-    """Attention sinks, one logit a head."""
+    """Attention sinks, one logit a head. The paper does not say. Megatron-LM: no, they have one dimension; torchtitan: yes, like
+    everything; VeOmni: yes unless `no_decay_params` names them."""
     hyper_gates: bool = False
-    """Scales and biases of the hyper-connections."""
+    """Scales and biases of the hyper-connections. The paper does not say; V4.1: no decay on biases and scales. Megatron-LM: no, they have
+    one dimension; torchtitan: yes, like everything."""
 
 
-class OptimizerConfig(base.Config):
-    """Muon for matrices, AdamW for the rest. Which is which, and what decays, is said where a parameter is declared, and here for
-    those about which the paper is silent."""
+class CommonConfig(base.Config):
+    """What every optimizer has."""
 
     schedule: ScheduleConfig
     clip_norm: float | None = pydantic.Field(default=1.0, gt=0)
-    """Largest global norm of the gradients; null: they are not clipped. The paper does not say."""
+    """Largest global norm of the gradients; null: they are not clipped. The paper does not say. Megatron-LM (`clip_grad`), MaxText
+    (`gradient_clipping_threshold`) and torchtitan (`max_norm`): 1.0."""
     weight_decay: float = pydantic.Field(default=0.1, ge=0)
     """Decoupled: a decaying parameter shrinks by this times the learning rate, each step."""
     decays: DecayConfig = DecayConfig()
+
+
+class OptimizerConfig(CommonConfig):
+    """Muon for matrices, AdamW for the rest. Which is which, and what decays, is said where a parameter is declared, and here for
+    those about which the paper is silent."""
+
+    kind: Literal["hybrid"] = "hybrid"
+    """May be left out."""
     muon: MuonConfig | None = MuonConfig()
     """Of the matrices. null: AdamW trains them, too."""
     router_gates: Group = "muon"
-    """What trains the gates of the routers, `[hidden, experts]`."""
+    """What trains the gates of the routers, `[hidden, experts]`. The paper gives "everything else" to Muon and does not name them.
+    Megatron-LM and `optax.contrib.muon`: Muon, as every matrix; MaxText: Muon, with an option to leave them out."""
     position_tables: Group = "adamw"
-    """What trains the compressors' tables of position logits, `[ratio, features]`."""
+    """What trains the compressors' tables of position logits, `[ratio, features]`. The paper does not name them, either. Megatron-LM and
+    `optax.contrib.muon`: Muon, as every array of two dimensions; NeMo Automodel: AdamW, as everything. A row of the table belongs to a
+    place in a block, so it is no linear map: AdamW."""
     adamw: AdamWConfig = AdamWConfig()
+
+
+class TransformConfig(base.Config):
+    """One transform of `optax` or `optax.contrib`."""
+
+    name: str
+    """As optax calls it: scale_by_adam, lion, adafactor."""
+    args: dict[str, pydantic.JsonValue] = pydantic.Field(default={})
+    """Its arguments by name. Learning rate, weight decay and the mask of what decays are given by the recipe's own keys."""
+
+
+class OptaxConfig(CommonConfig):
+    """Transforms of optax by name, one after the other, for all parameters.
+
+    If none of them takes a learning rate, decay and learning rate follow: ``update = -lr (direction + weight_decay param)``. One that does
+    (adamw, lion) is given the schedule, and decay and mask too if it takes these; otherwise the decay follows.
+    """
+
+    kind: Literal["optax"]
+    transforms: tuple[TransformConfig, ...] = pydantic.Field(min_length=1)
+    """In the order in which they see the gradients, which `clip_norm` has already clipped."""
+
+    @property
+    def muon(self) -> None:
+        """Of this framework's Muon, which is distributed, there is none here."""
+        return None
+
+
+def _kind(values: Any) -> str:
+    return values.get("kind", "hybrid") if isinstance(values, dict) else getattr(values, "kind", "hybrid")
+
+
+AnyOptimizerConfig = Annotated[
+    Annotated[OptimizerConfig, pydantic.Tag("hybrid")] | Annotated[OptaxConfig, pydantic.Tag("optax")], pydantic.Discriminator(_kind)
+]
+"""A recipe without a kind has the hybrid."""

@@ -7,17 +7,19 @@ so the optimizer, its state, the checkpoint, the planner and the count of FLOPs 
 import dataclasses
 
 from v4train.core import param
-from v4train.optim.config import OptimizerConfig
+from v4train.optim.config import CommonConfig, OptimizerConfig
 
 
-def assign(config: OptimizerConfig, declarations: dict) -> dict:
+def assign(config: CommonConfig, declarations: dict) -> dict:
     """The declarations as the optimizer treats them: group, decay and heads as the recipe says.
 
     Args:
-        config: of the whole optimizer.
+        config: of the whole optimizer. A hybrid without Muon has every trained parameter in the other group; for transforms of optax the
+            groups only say what is a matrix, and stay.
         declarations: nested dict, with or without buffers, which stay as they are.
     """
-    groups = {"router_gate": config.router_gates, "position_table": config.position_tables}
+    hybrid = config if isinstance(config, OptimizerConfig) else None
+    groups = {"router_gate": hybrid.router_gates, "position_table": hybrid.position_tables} if hybrid else {}
     decays = {
         "norm": config.decays.norms,
         "position_table": config.decays.position_tables,
@@ -28,9 +30,9 @@ def assign(config: OptimizerConfig, declarations: dict) -> dict:
     def of(_: str, declaration: param.Declaration) -> param.Declaration:
         if not declaration.trained:
             return declaration
-        group = "adamw" if config.muon is None else _by_tag(declaration, groups, declaration.group)
+        group = "adamw" if hybrid and hybrid.muon is None else _by_tag(declaration, groups, declaration.group)
         decay = _by_tag(declaration, decays, declaration.decay)
-        heads = declaration.heads if config.muon and config.muon.head_wise and group == "muon" else 1
+        heads = declaration.heads if hybrid and hybrid.muon and hybrid.muon.head_wise and group == "muon" else 1
         return dataclasses.replace(declaration, group=group, decay=decay, heads=heads)
 
     return param.map_declarations(of, declarations)  # pyright: ignore[reportReturnType]

@@ -1,8 +1,8 @@
 """A matrix of several heads as one matrix a head: ``[..., n, heads * m]`` <-> ``[..., heads, n, m]``.
 
-V4.1 orthogonalises queries head by head: a head whose gradients are large no longer decides for all heads what a step is, and the matrices
-are smaller, 64 of 1024 x 512 in place of one of 1024 x 32768 in V4-Flash (62 % of the arithmetic). Heads then stack like layers and
-experts (`stacking`).
+V4.1 orthogonalises queries head by head: a head whose gradients are large no longer decides for all heads what a step is, and the
+matrices are smaller, 64 of 1024 x 512 in place of one of 1024 x 32768 in V4-Flash (62 % of the arithmetic). Heads then stack like
+layers and experts (`stacking`).
 
 The view costs no exchange if the devices that split the columns hold whole heads, or equal parts of one head (`spec`). Otherwise, as with 6
 heads on 4 devices, heads and devices do not match, the columns are gathered, and the devices share the heads like copies.

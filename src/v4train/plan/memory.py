@@ -19,6 +19,8 @@ import math
 from v4train import recipe as recipe_lib
 from v4train.data import phases
 from v4train.model import config as model_config
+from v4train.optim import config as optim_config
+from v4train.optim import optimizer
 from v4train.plan import activations, exchange, weights
 
 CAUSES: dict[str, str] = {
@@ -108,11 +110,19 @@ def _state(recipe: recipe_lib.Recipe, placed: list[weights.Weight], shape: phase
     row += shape.max_patches * (3 * recipe.data.image_patch**2 + 4) + shape.max_audio_frames * 80
     return {
         "parameters": sum(4 * w.stored for w in trained),
-        "optimizer": sum((4 if w.declaration.group == "muon" else 8) * w.stored for w in trained),
+        "optimizer": _moments(recipe, trained),
         "tables": sum(w.stored * w.declaration.dtype.itemsize for w in placed if not w.declaration.trained)
         + shape.rows * row / recipe.mesh.batch_shards,
         "gradients": sum(4 * w.stored for w in trained),
     }
+
+
+def _moments(recipe: recipe_lib.Recipe, trained: list[weights.Weight]) -> float:
+    """Momentum of Muon's parameters, two moments of the others. What transforms of optax remember is spread like the parameters."""
+    if not isinstance(recipe.optimizer, optim_config.OptaxConfig):
+        return sum((4 if w.declaration.group == "muon" else 8) * w.stored for w in trained)
+    whole = optimizer.state_bytes(recipe.optimizer, {w.path: w.declaration for w in trained})
+    return whole * sum(w.stored for w in trained) / sum(w.declaration.size for w in trained)
 
 
 def _kept(
@@ -158,16 +168,18 @@ def _passing(
             groups[w.group] = groups.get(w.group, 0.0) + bytes_each * w.used / w.layers
     layers = {name: size for name, size in groups.items() if name not in ("embedding", "head")}
     chunk = min(model.loss_chunk, place.tokens)
-    muon = sum(w.stored for w in placed if w.declaration.group == "muon")
-    at_once = weights.most_at_once(placed, sizes=mesh.sizes)
-    each = recipe.optimizer.muon.element_bytes if recipe.optimizer.muon else 0
+    newton_schulz = 0
+    if recipe.optimizer.muon is not None:
+        at_once = weights.most_at_once(placed, sizes=mesh.sizes)
+        whole = sum(w.stored for w in placed if w.declaration.group == "muon")
+        newton_schulz = 2 * 4 * whole + 4 * recipe.optimizer.muon.element_bytes * at_once
     return {
         "layer": inside + 2 * streams + max(_chunk(recipe, kind, place) for kind in (*model.layer_kinds, "window")),
         "gathered": 2 * max(layers.values(), default=0.0),
         "logits": 3 * 4 * place.rows * chunk * model.vocab_size / mesh.tensor
         + 2 * groups.get("head", 0.0)
         + 2 * place.count * model.hidden * 4,
-        "newton_schulz": 2 * 4 * muon + 4 * each * at_once,
+        "newton_schulz": newton_schulz,
     }
 
 

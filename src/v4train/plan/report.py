@@ -52,6 +52,8 @@ def _phase(plan: estimate.Estimate, phase: estimate.Phase) -> dict[str, Any]:
         "evaluation_cache_bytes": round(phase.memory.evaluation),
         "flops_per_token": dataclasses.asdict(flops.training(model, length=phase.shape.sequence_length)),
         "flops_per_token_total": flops.training(model, length=phase.shape.sequence_length).total,
+        "optimizer_flops": dataclasses.asdict(times.update),
+        "optimizer_flops_share": times.update.total / (times.update.total + times.flops),
         "forward_flops_by_layer_kind": by_layer_kind(model, length=phase.shape.sequence_length),
         "transfers": [dataclasses.asdict(one) | {"seconds": seconds} for one, seconds in timed(plan, phase)],
         "seconds": {

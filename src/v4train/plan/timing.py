@@ -52,6 +52,7 @@ class Timing:
         network: of each purpose of `comms.PURPOSES`, if nothing hid it.
         exposed: of it what nothing hides.
         optimizer: Newton-Schulz, its exchange, and the update.
+        update: FLOPs of the optimizer, all devices together and each matrix once.
         flops: credited, of all devices: `model.flops.training`.
         tokens: of the step, all devices.
         mfu: credited FLOP/s over the bf16 peak.
@@ -62,6 +63,7 @@ class Timing:
     network: dict[str, float]
     exposed: float
     optimizer: float
+    update: optim_flops.Flops
     flops: float
     tokens: int
     mfu: float
@@ -96,7 +98,10 @@ def of_step(
     optimizer = _optimizer_seconds(recipe, placed, on, platform, assumed) + times.get("optimizer", 0.0)
     credited = flops.training(recipe.model, length=shape.sequence_length).total * tokens
     step = products + vector + exposed + optimizer
-    return Timing(products, vector, times, exposed, optimizer, credited, tokens, credited / step / recipe.mesh.devices / on.chip.bf16_flops)
+    update = optim_flops.update(recipe.optimizer, {w.path: w.declaration for w in placed})
+    return Timing(
+        products, vector, times, exposed, optimizer, update, credited, tokens, credited / step / recipe.mesh.devices / on.chip.bf16_flops
+    )
 
 
 def _product_seconds(model: model_config.ModelConfig, length: int, chip: hardware.Chip, assumed: Assumptions) -> float:

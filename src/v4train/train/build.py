@@ -26,7 +26,7 @@ from v4train.core import axes, compiler, param, tree
 from v4train.data import batch as batch_lib
 from v4train.data import phases, pipeline
 from v4train.model import transformer
-from v4train.optim import hybrid
+from v4train.optim import optimizer as optimizer_lib
 from v4train.sharding import constrain, rows, rules
 from v4train.sharding import mesh as mesh_lib
 from v4train.train import loss as loss_lib
@@ -214,8 +214,12 @@ def abstract(recipe: recipe_lib.Recipe, *, mesh: jax.sharding.Mesh) -> Abstract:
 
 
 def optimizer_of(recipe: recipe_lib.Recipe, declarations: dict, *, mesh: jax.sharding.Mesh) -> optax.GradientTransformation:
-    """The optimizer, with Newton-Schulz divided among the mesh's devices. In the indexer's warm-up nothing else moves."""
-    return hybrid.hybrid(
+    """The optimizer, with Newton-Schulz divided among the mesh's devices. In the indexer's warm-up nothing else moves.
+
+    Raises:
+        ValueError: it names a transform that optax does not have, or one that cannot be used in a recipe.
+    """
+    return optimizer_lib.make(
         recipe.optimizer,
         tree.select(declarations, declarations=declarations, keep=lambda d: d.trained),
         total_steps=recipe.train.steps,
@@ -321,7 +325,9 @@ def first_state(p: Parts) -> state_lib.State:
     counts = np.zeros(p.recipe.model.vocab_size)
     histogram = p.data.token_histogram()
     counts[: len(histogram)] = histogram
-    return state._replace(buffers=transformer.fill_hash_tables(state.buffers, declarations=buffers, counts=counts, seed=p.recipe.seed))
+    kind = p.recipe.model.moe.hash_table
+    filled = transformer.fill_hash_tables(state.buffers, declarations=buffers, counts=counts, seed=p.recipe.seed, kind=kind)
+    return state._replace(buffers=filled)
 
 
 def _anticipate(p: Abstract, variant: Variant) -> step_lib.Anticipate:

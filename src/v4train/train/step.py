@@ -84,7 +84,7 @@ class Step:
         params = optax.apply_updates(state.params, updates)
         buffers = state.buffers
         if not loss_lib.warming_up(self.model.config):
-            buffers = transformer.update_router_biases(buffers, sums.loads, speed=self.model.config.moe.bias_speed)
+            buffers = transformer.update_router_biases(buffers, sums.loads, speed=bias_speed(self.model.config.moe, state.step))
         skipped = state.skipped
         if self.skip_nonfinite:
             moved = (params, buffers, optimizer)
@@ -170,6 +170,13 @@ class Anticipate:
 def letters_of_experts(x: Array | jax.ShapeDtypeStruct) -> str:
     """The axes of an array of experts, of the MTP block or of layers stacked."""
     return "B S _" if x.ndim == 3 else "_ B S _"
+
+
+def bias_speed(moe: model_config.MoeConfig, step: Int[Array, ""]) -> Float[Array, ""] | float:
+    """Of the selection bias after batch number ``step``: the last step of the warm-up has the whole speed."""
+    if not moe.bias_warmup_steps:
+        return moe.bias_speed
+    return moe.bias_speed * jnp.minimum((step + 1) / moe.bias_warmup_steps, 1.0)
 
 
 def _report(
