@@ -30,6 +30,7 @@ PAGES = (
     "docs/generate.md",
     "docs/low_precision.md",
     "docs/open_weights.md",
+    "docs/optimizer.md",
     "docs/parallelism.md",
     "docs/planner.md",
     "docs/recipe.md",
