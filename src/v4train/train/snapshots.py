@@ -14,7 +14,7 @@ from v4train.core import param
 from v4train.train import state as state_lib
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Snapshot:
     """The trained part of a state.
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ class Step:
         grads, norm = clip.clip_by_global_norm(grads, self.clip_norm)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         buffers = state.buffers
         if not loss_lib.warming_up(self.model.config):
             buffers = transformer.update_router_biases(buffers, sums.loads, speed=bias_speed(self.model.config.moe, state.step))
