@@ -10,7 +10,6 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from v4train.core import param
 from v4train.train import state as state_lib
 
 
@@ -82,7 +81,9 @@ def _copy_back(x: jax.Array | _OnHost) -> jax.Array:
 
 
 def _is_count(path: tuple, x: jax.Array) -> bool:
-    return param.path_name(path).split("/")[-1] == "count" and x.shape == () and np.issubdtype(x.dtype, np.integer)
+    last = path[-1]  # of a named tuple an attribute, of a dict a key
+    name = getattr(last, "name", getattr(last, "key", None))
+    return name == "count" and x.shape == () and np.issubdtype(x.dtype, np.integer)
 
 
 def _counted(x: jax.Array, passed: int) -> jax.Array:
