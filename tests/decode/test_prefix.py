@@ -155,6 +155,25 @@ def test_cancelled_and_queued_requests_leave_no_page_behind(tiered, plain):
     assert owned == made._prefixes.held == made.tier_statistics()["prefix_pages"]
 
 
+def test_pages_that_a_cancelled_prompt_never_computed_are_not_shared(reusing):
+    """Its states are known, but of its six pages only two are left: the others get new pages, which hold nothing when it is cancelled."""
+    one = text((0, 97), tokens=3)
+    made = scheduler.Scheduler(reusing, tokenizer=BYTES)
+    expected, _ = run(made, one)[0]
+    known = made._prefixes
+    keys = known._keys(one.prompt, 96)
+    for key in keys[2:]:
+        known._pages.drop([known._held.pop(key).page])
+    run(made, text((9, 120), tokens=1))  # takes the pages that are free
+    stream = made.submit(one)
+    made.turn()
+    stream.cancel()
+    made.turn()
+    assert stream.cached_tokens == 32
+    assert [key in known._held for key in keys] == [True] * 2 + [False] * 4
+    assert run(made, one)[0] == (expected, 32)
+
+
 @pytest.mark.slow
 def test_pages_of_prompts_make_room_for_requests(params, plain):
     """Slow: a decoder of its own. As many pages as one sequence needs: whatever is held has to go when the next one comes."""

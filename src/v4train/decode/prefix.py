@@ -153,7 +153,7 @@ class Prefixes:
             if good < count:
                 keys = keys[:good]
                 continue
-            self._hold(keys, self._pages.of(slot))
+            self._hold(keys[:count], self._pages.of(slot))  # those behind have yet to be computed
             cache = self._moves.put_state(cache, slot, state=state, length=count * self._page)
             if self._decoder.tiers is not None:
                 self._decoder.tiers.empty(slot)
