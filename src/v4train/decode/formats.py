@@ -28,6 +28,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from v4train.numerics import scaled
+
 _BIAS = 127  # of the exponents of fp32 and of UE8M0
 _LEAST = -13  # ceil(log2(1e-4))
 
@@ -121,7 +123,7 @@ class Blocked:
         spare = self._blocks * self.block - self.small
         blocks = jnp.pad(whole, [(0, 0)] * len(lead) + [(0, spare)]).reshape(*lead, self._blocks, self.block)
         exponent = exponents(jnp.max(jnp.abs(blocks), axis=-1))
-        rounded = (blocks * power_of_two(-exponent)[..., None]).reshape(*lead, -1)[..., : self.small].astype(jnp.float8_e4m3fn)
+        rounded = (blocks * scaled.power_of_two(-exponent)[..., None]).reshape(*lead, -1)[..., : self.small].astype(jnp.float8_e4m3fn)
         data = jax.lax.bitcast_convert_type(rounded, jnp.uint8)
         kept = jax.lax.bitcast_convert_type(entries[..., self.small :].astype(jnp.bfloat16), jnp.uint8).reshape(*lead, 2 * self.kept)
         scale = jnp.pad((exponent + _BIAS).astype(jnp.uint8), [(0, 0)] * len(lead) + [(0, self.scales - self._blocks)])
@@ -130,21 +132,16 @@ class Blocked:
     def decode(self, stored: Stored, *, dtype: jnp.dtype) -> Float[Array, "... k"]:
         data, lead = stored["data"], stored["data"].shape[:-1]
         small = jax.lax.bitcast_convert_type(data[..., : self.small], jnp.float8_e4m3fn).astype(dtype)
-        scale = power_of_two(stored["scale"][..., : self._blocks].astype(jnp.int32) - _BIAS).astype(dtype)
-        scaled = small * jnp.repeat(scale, self.block, axis=-1, total_repeat_length=self._blocks * self.block)[..., : self.small]
+        scale = scaled.power_of_two(stored["scale"][..., : self._blocks].astype(jnp.int32) - _BIAS).astype(dtype)
+        values = small * jnp.repeat(scale, self.block, axis=-1, total_repeat_length=self._blocks * self.block)[..., : self.small]
         kept = jax.lax.bitcast_convert_type(data[..., self.small :].reshape(*lead, self.kept, 2), jnp.bfloat16)
-        return jnp.concatenate([scaled, kept.astype(dtype)], axis=-1)
+        return jnp.concatenate([values, kept.astype(dtype)], axis=-1)
 
 
 def exponents(amax: Float[Array, "..."]) -> Int[Array, "..."]:
     """``ceil(log2(max(amax / 448, 1e-4)))``, exactly. 448 is 1.75 x 2^8, so the bits of ``amax`` tell on which side of it they lie."""
     bits = jax.lax.bitcast_convert_type(amax.astype(jnp.float32), jnp.int32)
     return jnp.maximum((bits >> 23) - _BIAS - 8 + ((bits & 0x7FFFFF) > 0x600000), _LEAST)
-
-
-def power_of_two(exponent: Int[Array, "..."]) -> Float[Array, "..."]:
-    """``2.0 ** exponent`` in fp32, exactly, for exponents of normal numbers."""
-    return jax.lax.bitcast_convert_type((exponent + _BIAS) << 23, jnp.float32)
 
 
 def of_entries(kind: str, *, width: int, rope_dim: int) -> Format:
