@@ -77,7 +77,7 @@ test-latest: $(STAMP_LATEST)
 
 # The vendors' compilers, without their devices. Each has an environment of its own, since JAX looks for the chip of every plugin it finds.
 AOT ?= tpu gpu
-AOT_TEST = -m pytest -p no:cacheprovider tests/plan/test_golden_aot.py -v
+AOT_TEST = -m pytest -p no:cacheprovider tests/plan/test_golden_aot.py tests/plan/test_fp8.py -v
 
 .venv-aot-%/.stamp-setup: pyproject.toml constraints.txt
 	@found=; for python in $(foreach v,$(LATEST),python$(v) $(wildcard $(PYENV_ROOT)/versions/$(v).*/bin/python$(v))); do \
