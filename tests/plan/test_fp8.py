@@ -28,7 +28,7 @@ def test_products_are_counted_by_name():
 
 
 @pytest.mark.slow  # a minute, and only where the vendor's compiler is installed (make aot)
-def test_the_step_compiled_for_an_h100_multiplies_the_codes_of_experts():
+def test_the_step_compiled_for_a_gpu_multiplies_the_codes_of_experts():
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip("the vendor's compiler is not installed here: make aot")
     path = pathlib.Path(__file__).parents[2] / "configs/bench/precision.yaml"
