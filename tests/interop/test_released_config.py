@@ -101,9 +101,10 @@ def test_unsaid_is_exactly_what_is_not_said():
     model = small.config("csa", "hca", "csa", "hca", moe={"experts": 6, "exchange": {"capacity": 1.0}})
     before = released_config.config_json(model)
     other = {"phase": "warmup", "remat": "dots", "rope_dim": 4, "transport": "padded", "overflow": "drop"}
+    other |= {"hash_table": "random", "bias_warmup_steps": 5}
     values = model.model_dump()
     for path, leaf in leaves(plain(values)).items():
-        if path[0] == "layers" or path[-1] == "kind" or path in (("moe", "shared"), ("moe", "affinity")):
+        if path[0] == "layers" or path[-1] == "kind" or path in (("moe", "shared"), ("moe", "affinity"), ("moe", "clamp_shared")):
             continue  # tested with whole models, and below
         changed = copy.deepcopy(values)
         node = changed
@@ -129,6 +130,8 @@ def test_what_the_released_layout_has_no_words_for_is_refused():
         released_config.config_json(small.config(hyper={"kind": "residual"}))
     with pytest.raises(ValueError, match=r"moe.affinity is sigmoid: .* sqrt_softplus only"):
         released_config.config_json(small.config(moe={"affinity": "sigmoid"}))
+    with pytest.raises(ValueError, match=r"moe.clamp_shared is false: .* cuts the shared expert, too"):
+        released_config.config_json(small.config(moe={"clamp_shared": False}))
 
 
 NEEDED = sorted(set(RELEASED["v4_flash"]) - set(released_config._ONLY))
