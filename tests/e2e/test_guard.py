@@ -149,7 +149,8 @@ def test_anticipation_goes_on_after_a_resume(train, tmp_path):
     anticipate = {"lag": 1, "calm_steps": 4}
     code, *_ = train(run, bad=[3], dies_at=7, anticipate=anticipate)
     assert code == -9
-    code, _, err = train(run, bad=[3], anticipate=anticipate)
+    code, out, err = train(run, bad=[3], anticipate=anticipate)
     assert code == 0, err
+    again = 6 if "resumed from step 6" in out else 4  # a loaded machine may not have finished that save before the kill
     told = [(r["step"], r["on"]) for r in record.read(run / "metrics.jsonl") if r["kind"] == "anticipate"]
-    assert told == [(4, 1), (6, 1), (8, 0)]
+    assert told == [(4, 1), (again, 1), (8, 0)]
