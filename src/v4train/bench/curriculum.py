@@ -28,6 +28,7 @@ from v4train.bench import machine
 from v4train.checkpoint import restore, step_directory
 from v4train.config import dump
 from v4train.core import compiler
+from v4train.model import config as model_config
 from v4train.train import build, stages
 from v4train.train.hooks import phases, record
 
@@ -150,6 +151,7 @@ def _indexer(parts: build.Parts, found: dict[int, record.Record]) -> dict[str, A
     recall = [found[step]["index_recall"] for step in sorted(steps)]
     length = parts.phases.at(max(steps) - 1).shape.sequence_length
     kind = parts.recipe.model.kind("csa")
+    assert isinstance(kind, model_config.CompressedSparseConfig)  # only its indexer has a recall
     return {
         "top_k": kind.top_k,
         "entries_in_a_row": length // kind.ratio,

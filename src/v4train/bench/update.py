@@ -49,7 +49,7 @@ def measure(parts: build.Parts, state: state_lib.State, *, repeats: int, step_se
 def _seconds(parts: build.Parts, state: state_lib.State, *, repeats: int) -> list[float]:
     limit = parts.recipe.optimizer.clip_norm
 
-    def update(gradients: dict, moments: Any, params: dict) -> tuple[dict, Any]:
+    def update(gradients: dict, moments: Any, params: dict) -> tuple[Any, Any]:
         clipped = clip.clip_by_global_norm(gradients, limit).gradients
         updates, moments = parts.optimizer.update(clipped, moments, params)
         return optax.apply_updates(params, updates), moments

@@ -1,7 +1,8 @@
 """Turns step reports into records: losses by source, gradient norm, learning rate, throughput, expert load."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -108,7 +109,7 @@ def _finite(value: jax.Array) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def rounding(shares: dict[str, np.ndarray]) -> dict[str, float]:
+def rounding(shares: Mapping[str, Any]) -> dict[str, float]:
     """``saturated/activations/linear`` and so on: shares of elements, of each role whose numbers are rounded to few bits."""
     return {
         f"{what}/{name}": float(share) for name, pair in shares.items() for what, share in zip(("saturated", "vanished"), pair, strict=True)
