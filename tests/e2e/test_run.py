@@ -54,7 +54,7 @@ sys.exit(main.main(sys.argv[1:]))
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)  # compiling takes minutes on a machine that does other work too
     return process.returncode, out, err
 
 
