@@ -1,5 +1,6 @@
 """`v4train bench efficiency`: the arms are comparable, costs agree with counts by hand, shares of compute with lines known in advance."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -40,6 +41,7 @@ def test_the_baseline_lacks_every_ingredient_and_each_other_arm_one(recipes):
         found = {"no_muon"} if recipe.optimizer.muon is None else set()
         found |= {"no_mhc"} if model.hyper.kind == "residual" else set()
         dense = set(model.layer_kinds) == {"window"} and model.attention.window >= recipe.data.sequence_length
+        assert model.attention.rope_dim == (model.attention.head_dim if dense else 8)
         found |= {"no_sparse_attention"} if dense else set()
         classic = (model.moe.affinity, model.moe.hash_layers, model.moe.bias_speed) == ("sigmoid", 0, 0) and model.moe.balance_loss >= 1e-3
         found |= {"no_routing"} if classic else set()
@@ -125,7 +127,19 @@ def test_the_summary_of_made_up_losses(costs):
     assert f"{1 - row['compute']:.1%} less compute, optimizer and mixing of streams included" in text
     picture = curves.picture(json.loads(json.dumps(result)))
     assert picture.count("<polyline") == 3
-    assert picture.count("<circle") == 3
+    assert picture.count("<circle") == 3 + 1  # and one that is explained
+
+
+def test_what_only_some_seeds_have_is_marked_and_not_averaged_with_all(costs):
+    every = results(baseline=3.1, no_muon=3.2)
+    some = [r for r in every if (r.run.arm, r.run.steps, r.run.seed) not in {("no_muon", 80, 1), ("v4", 40, 1)}]
+    some = [dataclasses.replace(r, curve=r.curve[-1:]) if r.run.arm == "baseline" and r.run.seed else r for r in some]
+    result = json.loads(json.dumps(analysis.summarise(some, costs)))
+    assert [point["share"] for point in result["budgets"]] == [0.3, 1.0]
+    assert "| V4, AdamW for Muon | 1 of 2 |" in report.table(result)
+    picture = curves.picture(result)
+    assert "V4, AdamW for Muon (1 of 2 seeds)<" in picture
+    assert "baseline<" in picture
 
 
 def test_a_recipe_that_never_gets_there_is_told(costs):

@@ -79,7 +79,8 @@ def summarise(results: Sequence[training.Result], costs: dict[str, cost.Cost], *
     if not {"baseline", "v4"} <= full.keys():
         return found
     goal = rows["baseline"]["mean"]
-    points = [(share, statistics.mean(losses.values())) for share, losses in _budgets(results, steps).items()]
+    whole = full["v4"].keys()
+    points = [(share, statistics.mean(losses.values())) for share, losses in _budgets(results, steps).items() if losses.keys() == whole]
     found["goal"], found["budgets"] = goal, [{"share": share, "loss": loss} for share, loss in points]
     share = crossing(points, goal=goal)
     _add(rows["v4"], share, costs, "v4")

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 RECIPES = "configs/bench/efficiency"
 STEPS = 80
 """Of a run with all tokens."""
-BUDGETS = (0.3, 0.5)
-"""Shares of all tokens that V4 is trained with besides."""
+BUDGETS = (0.3, 0.5, 0.65)
+"""Shares of all tokens that V4 is trained with besides; the last two lie on either side of what it needs."""
 ARMS = {
     "v4": "V4",
     "baseline": "baseline",

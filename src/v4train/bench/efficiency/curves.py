@@ -6,8 +6,8 @@ from typing import Any
 
 from v4train.bench.efficiency import arms
 
-_WIDTH, _HEIGHT = 820, 460
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 300, 24, 50
+_WIDTH, _HEIGHT = 900, 460
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 380, 24, 50
 _COLORS = ("#1f6feb", "#24292f", "#d1242f", "#8250df", "#bf8700", "#1a7f37", "#6e7781")
 
 
@@ -30,13 +30,31 @@ def picture(result: dict[str, Any]) -> str:
         y = _TOP + 14 + 20 * i
         left = _WIDTH - _RIGHT + 14
         parts.append(f'<line x1="{left}" y1="{y - 4}" x2="{left + 22}" y2="{y - 4}" stroke="{_COLORS[i]}" stroke-width="{width}"{dash}/>')
-        parts.append(f'<text x="{left + 28}" y="{y}">{arms.ARMS[arm]}</text>')
+        parts.append(f'<text x="{left + 28}" y="{y}">{arms.ARMS[arm]}{_fewer(result, arm)}</text>')
     parts += [f'<circle cx="{plane.x(x):.1f}" cy="{plane.y(y):.1f}" r="4" fill="{_COLORS[0]}"/>' for x, y in ends]
     if "goal" in result:
         y = plane.y(result["goal"])
         parts.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT}" y2="{y:.1f}" stroke="#24292f" stroke-dasharray="2 4"/>')
+    parts += _marks(len(curves))
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" font-size="12">'
     return "\n".join([head, f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>', *parts, "</svg>", ""])
+
+
+def _fewer(result: dict[str, Any], arm: str) -> str:
+    """Says of a curve over fewer seeds than the others that it is one: runs of different seeds lie further apart than some recipes."""
+    count, most = len(result["arms"][arm]["losses"]), max(len(row["losses"]) for row in result["arms"].values())
+    return f" ({count} of {most} seeds)" if count < most else ""
+
+
+def _marks(rows: int) -> list[str]:
+    """What dots and the dotted line are, below the names of the curves."""
+    left, y = _WIDTH - _RIGHT + 14, _TOP + 24 + 20 * rows
+    return [
+        f'<circle cx="{left + 11}" cy="{y - 4}" r="4" fill="{_COLORS[0]}"/>',
+        f'<text x="{left + 28}" y="{y}">end of a whole run of V4</text>',
+        f'<line x1="{left}" y1="{y + 16}" x2="{left + 22}" y2="{y + 16}" stroke="#24292f" stroke-dasharray="2 4"/>',
+        f'<text x="{left + 28}" y="{y + 20}">final loss of the baseline</text>',
+    ]
 
 
 class _Plane:
@@ -68,10 +86,11 @@ class _Plane:
 
 
 def _mean(result: dict[str, Any], arm: str, steps: int) -> list[tuple[float, float]]:
-    """(teraFLOPs, mean held-out loss over the seeds) at every evaluation."""
+    """(teraFLOPs, mean held-out loss over the seeds) where every seed was evaluated."""
     each = result["arms"][arm]["cost"]["total"] / 1e12
-    curves = [run["curve"] for run in result["runs"] if (run["arm"], run["steps"]) == (arm, steps)]
-    return [(points[0][0] * each, statistics.mean(loss for _, loss in points)) for points in zip(*curves, strict=True)]
+    curves = [dict(run["curve"]) for run in result["runs"] if (run["arm"], run["steps"]) == (arm, steps)]
+    common = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return [(tokens * each, statistics.mean(curve[tokens] for curve in curves)) for tokens in common]
 
 
 def _round_values(low: float, high: float) -> list[float]:

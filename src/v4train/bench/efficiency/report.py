@@ -15,20 +15,21 @@ def table(result: dict[str, Any]) -> str:
     ]
     for arm in ("baseline", "v4", *arms.LEFT_OUT):
         if arm in result["arms"]:
-            lines.append(_row(arm, result["arms"][arm]))
+            lines.append(_row(arm, result["arms"][arm], most=max(len(row["losses"]) for row in result["arms"].values())))
     lines += ["", *_budgets(result)] if "budgets" in result else []
     if base is not None and "v4" in result["arms"]:
         lines += ["", *_verdict(result)]
     return "\n".join(lines)
 
 
-def _row(arm: str, row: dict[str, Any]) -> str:
+def _row(arm: str, row: dict[str, Any], *, most: int) -> str:
+    """Of a recipe with fewer seeds than others this is said."""
     cost = row["cost"]
     optimizer = cost["newton_schulz"] + cost["elementwise"]
     compute = "1" if arm == "baseline" else _compute(row) if "compute" in row else ""
     cells = [
         row["name"],
-        len(row["losses"]),
+        len(row["losses"]) if len(row["losses"]) == most else f"{len(row['losses'])} of {most}",
         f"{row['mean']:.4f}" + (f" ± {row['std']:.4f}" if len(row["losses"]) > 1 else ""),
         f"{row['above_v4']:+.3f}" if "above_v4" in row else "",
         f"{cost['total'] / 1e3:,.0f}",
