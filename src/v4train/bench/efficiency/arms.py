@@ -15,7 +15,7 @@ RECIPES = "configs/bench/efficiency"
 STEPS = 80
 """Of a run with all tokens."""
 BUDGETS = (0.3, 0.5, 0.65)
-"""Shares of all tokens that V4 is trained with besides; the last two lie on either side of what it needs."""
+"""Shares of all tokens that V4 is trained with besides; the last two enclose what it needs on average."""
 ARMS = {
     "v4": "V4",
     "baseline": "baseline",
