@@ -62,6 +62,14 @@ BAD = {
         "mesh.emulate_devices 2 is less than the mesh's 4 devices; set it to 4",
     ),
     "_positions_suffice": (["model.max_positions=32"], "data.sequence_length 64 exceeds model.max_positions 32"),
+    "_needles_fit": (
+        ["train.evals=[{kind: needle, lengths: [64, 131072]}]", "model.max_positions=65536"],
+        "train.evals[0].lengths has 131072, but model.max_positions is 65536: leave longer ones out",
+    ),
+    "_evaluations_have_names": (
+        ["train.evals=[{kind: needle, lengths: [64]}, {kind: needle, lengths: [64]}]"],
+        "train.evals: 2 are called 'needle'; give each a name of its own",
+    ),
     "_image_stem_fits": (
         ["model.image=null"],
         "data.max_patches is 30, but the model has no image stem; add model.image or set data.max_patches: 0",
@@ -78,10 +86,26 @@ BAD = {
         ["init_draws=[embedding/image]"],
         "init_draws names ['embedding/image'], but without init_from everything is drawn; remove it",
     ),
+    "_decoding_fits": (
+        ["model.max_positions=4096", "decode.max_length=8192"],
+        "decode.max_length 8192 exceeds model.max_positions 4096",
+    ),
     "_schedule_fits": (
         ["train.steps=3"],
         "optimizer.schedule: warmup_steps 2 + decay_steps 2 = 4 do not fit into a run of 3 steps; shorten them or train longer "
         "(train.steps)",
+    ),
+    "_groups_of_fp4_divide": (
+        ["numerics.experts=mxfp4"],
+        "numerics.experts mxfp4 has a scale for 32 inputs, which must divide model.moe.ffn 16",
+    ),
+    "_gradients_are_summed": (
+        ["numerics.gradient_sums=bfloat16"],
+        "numerics.gradient_sums is bfloat16, but train.microbatches is 1, so nothing is summed; remove it or use more microbatches",
+    ),
+    "_something_is_emulated": (
+        ["numerics.emulate=true"],
+        "numerics.emulate is true, but nothing is in FP8; remove it or set numerics.experts",
     ),
 }
 

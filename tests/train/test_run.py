@@ -376,7 +376,7 @@ def test_a_skipped_step_is_said_and_counted(capsys):
     )
     names = ("loss", "text", "text_weight", "mtp", "balance", "indexer", "grad_norm", "finite", "tokens", "load", "late", "dropped")
     values = (np.nan, np.array([1.0]), np.array([0.0]), 1.0, 1.0, 1.0, np.inf, np.array(False), 10.0, np.ones((1, 3, 2)), 3.0, 1.5)
-    hook.after(4, types.SimpleNamespace(**dict(zip(names, values, strict=True)), index_recall=np.array([0.5, np.nan])))
+    hook.after(4, types.SimpleNamespace(**dict(zip(names, values, strict=True)), index_recall=np.array([0.5, np.nan]), rounding={}))
     assert seen[0]["skipped"] == 4
     assert seen[0]["seconds"] > 5
     assert "loss/a" not in seen[0]
