@@ -149,7 +149,7 @@ def test_a_hook_that_hangs_ends_the_run_with_its_name_and_the_same_command_goes_
     hang = """
 from v4train.train.hooks import evaluation
 losses = evaluation.Evaluation.losses
-evaluation.Evaluation.losses = lambda self, state: time.sleep(1000) if self._evaluated == 3 else losses(self, state)
+evaluation.Evaluation.losses = lambda self, *state, **stage: time.sleep(1000) if self._evaluated == 3 else losses(self, *state, **stage)
 """
     run = tmp_path / "run"
     code, out, err = finish(launch(run, "train.stall_seconds=15", act=hang))
