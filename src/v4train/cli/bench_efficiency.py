@@ -19,6 +19,7 @@ def configure(choices: Any) -> None:
     )
     efficiency.add_argument("--runs", metavar="A,B", help="recipes to train, by file name (default: all of configs/bench/efficiency)")
     efficiency.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each recipe (default: 3)")
+    efficiency.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a row, 4,096 in a step (default: %(default)s)")
     efficiency.add_argument("--directory", metavar="DIR", default="runs/efficiency", help="where runs are kept (default: %(default)s)")
     efficiency.add_argument("--finished", action="store_true", help="train nothing: tell what the finished runs say")
     efficiency.add_argument("--svg", metavar="FILE", help="write the curves there as a picture")
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     machine = importlib.import_module("v4train.bench.machine")
     names = list(parts["arms"].ARMS) if args.runs is None else [word.strip() for word in args.runs.split(",") if word.strip()]
     before, directory = machine.load_average(), pathlib.Path(args.directory)
-    options = {"seeds": args.seeds, "directory": directory, "train": not args.finished, "overrides": tuple(args.overrides)}
+    options = {"seeds": args.seeds, "length": args.length, "directory": directory, "train": not args.finished, "overrides": tuple(args.overrides)}
     result = parts["measure"].measure(names, **options, say=_say)
     result = {"bench": "efficiency", **machine.describe(devices=1), "load_before": before, **result}
     if args.svg is not None:

@@ -10,7 +10,14 @@ DIRECTORY = "runs/efficiency"
 
 
 def measure(
-    names: Sequence[str], *, seeds: int, directory: pathlib.Path, train: bool, say: Callable[[str], None], overrides: tuple[str, ...] = ()
+    names: Sequence[str],
+    *,
+    seeds: int,
+    directory: pathlib.Path,
+    train: bool,
+    say: Callable[[str], None],
+    length: int = arms.LENGTH,
+    overrides: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Runs and summarises.
 
@@ -20,6 +27,7 @@ def measure(
         directory: where runs are kept.
         train: False: nothing is trained.
         say: is told what happens.
+        length: tokens of a row; runs of several lengths may share a directory.
         overrides: ``a.b=c`` texts for every recipe; runs with other texts belong into another directory.
 
     Returns:
@@ -28,10 +36,10 @@ def measure(
     Raises:
         ValueError: a recipe that is not there, a run that failed, or nothing that is finished.
     """
-    wanted = arms.runs(names, seeds=seeds)
+    wanted = arms.runs(names, seeds=seeds, length=length)
     if train:
         training.train(wanted, directory, say=say, overrides=overrides)
-    every = [training.finished(run, directory) for run in arms.runs(list(arms.ARMS), seeds=seeds)]
+    every = [training.finished(run, directory) for run in arms.runs(list(arms.ARMS), seeds=seeds, length=length)]
     results = [result for result in every if result is not None]
     if not results:
         raise ValueError(f"{directory} holds no finished run of the study: leave --finished out to train")
