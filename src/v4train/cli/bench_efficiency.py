@@ -38,7 +38,13 @@ def run(args: argparse.Namespace) -> int:
     machine = importlib.import_module("v4train.bench.machine")
     names = list(parts["arms"].ARMS) if args.runs is None else [word.strip() for word in args.runs.split(",") if word.strip()]
     before, directory = machine.load_average(), pathlib.Path(args.directory)
-    options = {"seeds": args.seeds, "length": args.length, "directory": directory, "train": not args.finished, "overrides": tuple(args.overrides)}
+    options = {
+        "seeds": args.seeds,
+        "length": args.length,
+        "directory": directory,
+        "train": not args.finished,
+        "overrides": tuple(args.overrides),
+    }
     result = parts["measure"].measure(names, **options, say=_say)
     result = {"bench": "efficiency", **machine.describe(devices=1), "load_before": before, **result}
     if args.svg is not None:
