@@ -16,8 +16,7 @@ from v4train import recipe as recipe_lib
 from v4train.data import pipeline
 from v4train.train import build, loop, resilience
 from v4train.train import run as run_lib
-from v4train.train import summary as summary_lib
-from v4train.train.hooks import metrics, progress, quarantine, record
+from v4train.train.hooks import metrics, quarantine, record
 
 
 def train(data, directory, *overrides):
@@ -399,43 +398,6 @@ def test_values_that_are_not_finite_are_null_and_a_torn_line_is_cut(tmp_path):
     assert path.read_bytes() == b""
 
 
-def test_the_clock_of_a_run_that_went_back():
-    def line(step, seconds):
-        return {"kind": "train", "step": step, "seconds": seconds}
-
-    records = [line(1, 10.0), line(2, 20.0), line(3, 90.0), {"kind": "eval", "step": 3}, line(2, 22.0), line(3, 33.0)]
-    assert [summary_lib.seconds_at(records, step) for step in (0, 1, 2, 3, 9)] == [0.0, 10.0, 22.0, 33.0, 33.0]
-
-
-def test_durations():
-    found = [progress.duration(s) for s in (-1, 0.4, 59.4, 59.6, 3599, 3600, 86_399, 86_400, 187_200)]
-    assert found == ["0s", "0s", "59s", "1m00s", "59m59s", "1h00m", "23h59m", "1d00h", "2d04h"]
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_on_a_terminal_there_is_one_live_line(monkeypatch):
-    screen = Terminal()
-    monkeypatch.setattr("sys.stdout", screen)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    show = progress.Progress(steps=4, start=0, log_every=1)
-    for step in (1, 2, 3, 4):
-        show({"kind": "train", "step": step, "loss": 2.5, "tokens_per_second": 1000.0, "mfu": 0.25, "grad_norm": 1.0, "learning_rate": 1.0})
-    show({"kind": "eval", "step": 4, "tokens": 9, "loss/text": 1.25})
-    time.sleep(0.2)
-    show.close()
-    show.close()
-    text = screen.getvalue()
-    assert "step      4  held-out loss: text 1.250" in text
-    assert "loss 2.500" in text
-    assert "MFU 25.0%" in text
-    assert "grad norm" not in text, "plain lines are for pipes"
-
-
 def test_the_first_signal_asks_and_the_second_interrupts():
     import signal
 
@@ -476,14 +438,6 @@ def test_bad_documents_of_all_hosts_are_counted_once(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["quarantine-1.jsonl", "quarantine-11.jsonl", "quarantine.jsonl"]
     assert quarantine.count(tmp_path) == 3
     assert quarantine.named(tmp_path) == f"{tmp_path}/quarantine*.jsonl (3 files)"
-
-
-def test_processes_that_do_not_speak_show_nothing(capsys):
-    silent = progress.Silent()
-    silent.say("x")
-    silent({"kind": "eval", "step": 1})
-    silent.close()
-    assert capsys.readouterr() == ("", "")
 
 
 def test_the_devices_are_those_of_the_suite():

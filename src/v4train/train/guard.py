@@ -51,7 +51,7 @@ class Guard:
         reads: Callable[[int], bool] = lambda step: False,
         sink: record.Sink = lambda _: None,
         say: Callable[[str], None] = lambda _: None,
-        done: Callable[[], None] = lambda: None,
+        done: Callable[[float], None] = lambda seconds: None,
     ):
         """Args:
         config: what a spike is and how often the run may go back; None: there are no spikes, and what was restored is only kept.
@@ -59,7 +59,7 @@ class Guard:
         reads: whether some hook looks at the state after so many steps.
         sink: gets a record of kind ``rollback`` for each, and of kind ``anticipate`` when that begins and ends.
         say: gets a line for people.
-        done: called after a compilation, so that its time is not taken for a step's.
+        done: told the seconds of a compilation, so that they are not taken for a step's.
         """
         self._guards, self._config = config is not None, config or config_lib.GuardConfig()
         self._level, self._reads, self._sink, self._say, self._done = level, reads, sink, say, done
@@ -115,7 +115,7 @@ class Guard:
     def compiled(self, step: int, seconds: float) -> None:
         """Told when the functions for anticipation had to be compiled."""
         self._say(f"step {step:>6}  compiled for anticipated routing in {seconds:.1f} s")
-        self._done()
+        self._done(seconds)
 
     def state(self) -> dict[str, Any]:
         """All that a process that goes on from here must know, as JSON."""

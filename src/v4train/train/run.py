@@ -163,13 +163,13 @@ def _train(
         own = quarantine.path(directory, host=jax.process_index())
         bad = quarantine.BadRecords(parts.data.quarantine, path=own, sources=parts.data.sources, config=recipe.data)
         # Saved first: an evaluation must not use up the time that a stopped run has left.
-        evaluates = evaluation.Evaluation(parts, program, sink, asked=asked, done=measured.pause)
-        compiles = phases.Changes(parts, program, say=show.say, done=measured.pause)
+        evaluates = evaluation.Evaluation(parts, program, sink, asked=asked, done=measured.leave_out)
+        compiles = phases.Changes(parts, program, say=show.say, done=measured.leave_out)
         timed = [dog.over("save", saves), dog.over("evaluation", evaluates), dog.over("compilation", compiles, timed=False)]
         hooks = [*timed, first, measured, phases.Amounts(parts, sink), bad]
-        told = {"sink": sink, "say": show.say, "done": measured.pause}
+        told = {"sink": sink, "say": show.say, "done": measured.leave_out}
         guard = _guard(parts, found, reads=lambda step: recipe.checkpoint.is_due(step) or evaluates.is_due(step), **told)
-        measured.pause()
+        measured.begin()
         ended = lambda done: _complaint(bad, guard, directory) is not None or not processes.may_go(done)  # noqa: E731
         state, done = loop.run(parts, program, state, start=start, hooks=hooks, stop=ended, guard=guard, at=dog.at)
         dog.at("save", done)

@@ -51,7 +51,7 @@ def records(parts, steps, *, asked=None):
     """What is written at some steps; held-out sums are made up."""
     program = types.SimpleNamespace(evaluate=lambda state, batch, stage: heldout.Sums(*[np.ones(2)] * 3, *[np.ones(4)] * 3))
     written = []
-    hook = evaluation.Evaluation(parts, program, written.append, asked=asked or evaluation.prepare(parts), done=lambda: None)
+    hook = evaluation.Evaluation(parts, program, written.append, asked=asked or evaluation.prepare(parts), done=lambda seconds: None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "add_evaluation", lambda *_: None)
         for step in steps:

@@ -28,7 +28,7 @@ class Result:
         run: which.
         tokens: places in the rows of all steps, padding included.
         curve: (tokens, held-out loss in nats per token) from before the first step to after the last.
-        seconds: of training, evaluations and compiling not included.
+        seconds: from the first step to the last, evaluations included, what was compiled before them not.
         busiest: largest load of an expert at the end, relative to the mean, averaged over the layers.
     """
 

@@ -1,5 +1,6 @@
 """Held-out loss on the same rows every time, and what else a recipe asks the model (`train.evals`)."""
 
+import time
 from collections.abc import Callable
 
 import jax
@@ -35,13 +36,15 @@ def prepare(parts: build.Parts) -> probes.Probes:
 class Evaluation:
     """Writes a record of kind ``eval`` before the first step, every so many, and after the last."""
 
-    def __init__(self, parts: build.Parts, program: build.Program, sink: record.Sink, *, asked: probes.Probes, done: Callable[[], None]):
+    def __init__(
+        self, parts: build.Parts, program: build.Program, sink: record.Sink, *, asked: probes.Probes, done: Callable[[float], None]
+    ):
         """Args:
         parts: of the run.
         program: of the run; it gets an evaluation for each stage that is evaluated.
         sink: where records go.
         asked: what `train.evals` says (`prepare`).
-        done: called after each evaluation, so that its time is not taken for a step's.
+        done: told the seconds of each evaluation, so that they are not taken for a step's.
         """
         self._parts, self._program, self._sink, self._done = parts, program, sink, done
         self._batches: list[batch_lib.Batch] | None = None
@@ -57,12 +60,14 @@ class Evaluation:
         if not self.is_due(step):
             return
         self._evaluated = step
+        jax.block_until_ready(state)  # the step before is still at work: its time is its own
+        started = time.perf_counter()
         for stage in dict.fromkeys((old, new) if old.evaluated != new.evaluated and loss_is_due else (new,)):
             named = {} if len(stages.stages) == 1 else {"attention": stage.evaluated.attention}
             fields = self.losses(state, stage=stage) if loss_is_due else {}
             fields |= self._answers(state, asked, stage=stage) if stage == new else {}
             self._sink({"kind": "eval", "step": step, "tokens": self._parts.data.phases.places_before(step), **named, **fields})
-        self._done()
+        self._done(time.perf_counter() - started)
 
     def is_due(self, step: int) -> bool:
         """Whether the state after so many steps is evaluated, and was not yet."""

@@ -100,9 +100,13 @@ class Metrics:
             self._sink({"kind": "experts", "step": step, "layers": self._layers, "load": relative_load(self._load)})
             self._load = None
 
-    def pause(self) -> None:
-        """What happened since the last step (an evaluation, a compilation) does not count as step time."""
+    def begin(self) -> None:
+        """The first step begins now."""
         self._last = time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """So much since the last report was no step's: an evaluation, a compilation."""
+        self._last += seconds
 
 
 def _finite(value: jax.Array) -> float | None:

@@ -1,6 +1,9 @@
 """Changes in the course of a run: compiles the step for a new variant, of batch or of model, and records what of each source was drawn."""
 
+import time
 from collections.abc import Callable, Iterator
+
+import jax
 
 from v4train.train import build
 from v4train.train import state as state_lib
@@ -11,8 +14,8 @@ from v4train.train.hooks import record
 class Changes:
     """Compiles the training step of a new variant before its first step, once, and says what is new. Its time is not a step's."""
 
-    def __init__(self, parts: build.Parts, program: build.Program, *, say: Callable[[str], None], done: Callable[[], None]):
-        """``say`` gets a line for people; ``done`` is called after a compilation."""
+    def __init__(self, parts: build.Parts, program: build.Program, *, say: Callable[[str], None], done: Callable[[float], None]):
+        """``say`` gets a line for people; ``done`` is told the seconds of a change."""
         self._parts, self._program, self._say, self._done = parts, program, say, done
         self._current: build.Variant | None = None
 
@@ -21,11 +24,15 @@ class Changes:
         if step >= self._parts.recipe.train.steps:
             return
         variant = self._parts.variant_at(step)
+        if variant == self._current:
+            return
+        jax.block_until_ready(state)  # the step before is still at work: its time is its own
+        started = time.perf_counter()
         seconds = build.add_step(self._program, self._parts, variant)
-        if self._current is not None and variant != self._current:
+        if self._current is not None:
             compiled = "compiled before" if seconds is None else f"compiled in {seconds:.1f} s"
             self._say(f"step {step:>6}  from here on {', '.join(changed(self._current, variant))}; {compiled}")
-            self._done()
+        self._done(time.perf_counter() - started)
         self._current = variant
 
     def after(self, step: int, report: step_lib.Report) -> None:

@@ -1,5 +1,6 @@
 """What a person sees while training: a live line on a terminal, plain lines elsewhere."""
 
+import collections
 import sys
 import time
 
@@ -10,11 +11,12 @@ from v4train.train.hooks import record
 
 
 class Progress:
-    """A sink of records that shows step, loss, speed, MFU and the time left."""
+    """A sink of records that shows step, loss, speed and MFU over the last ``log_every`` steps, and the time left."""
 
     def __init__(self, *, steps: int, start: int, log_every: int):
         self._steps, self._start, self._log_every = steps, start, log_every
         self._began: float | None = None
+        self._recent = collections.deque[tuple[float, float, float]](maxlen=log_every)
         self._console = rich_console.Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self._bar: rich_progress.Progress | None = None
         if self._console.is_terminal:
@@ -56,9 +58,11 @@ class Progress:
         if self._began is None:
             self._began, self._first = now, step
         left = "" if step == self._first else f"  {duration((now - self._began) / (step - self._first) * (self._steps - step))} left"
-        mfu = "" if r["mfu"] is None else f"  MFU {r['mfu']:.1%}"
+        self._recent.append((r["step_seconds"], r["step_seconds"] * r["tokens_per_second"], r["step_seconds"] * (r["mfu"] or 0)))
+        seconds, tokens, used = (sum(each) for each in zip(*self._recent, strict=True))
+        mfu = "" if r["mfu"] is None else f"  MFU {used / seconds:.1%}"
         dropped = f"  dropped {r['experts/dropped']:.2%}" if r.get("experts/dropped") else ""
-        text = f"loss {r['loss']:.3f}  {r['tokens_per_second']:,.0f} tok/s{mfu}{dropped}{left}"
+        text = f"loss {r['loss']:.3f}  {tokens / seconds:,.0f} tok/s{mfu}{dropped}{left}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         elif step % self._log_every == 0 or step in (self._start + 1, self._steps):
