@@ -5,6 +5,7 @@ NaN.
 """
 
 import json
+import logging
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ class TensorBoard:
     def __init__(self, directory: pathlib.Path, *, start: int):
         import tensorboardX  # 0.3 s that a run without TensorBoard does not pay
 
+        # It shows values that are not finite as such, and would warn of each in words without a step or a name; the run says it better.
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
         self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=start, write_to_disk=True)
 
     def __call__(self, record: Record) -> None:
