@@ -77,7 +77,7 @@ def evaluations(run: pathlib.Path) -> dict[tuple, float]:
     return {(r["step"], r["attention"]): r["loss/text"] for r in found}
 
 
-def test_each_change_is_compiled_once_and_said(whole):
+def test_each_change_is_compiled_once_said_and_recorded(whole):
     lines = [line for line in whole[2].splitlines() if "from here on" in line]
     assert [line.partition("; compiled in ")[0] for line in lines] == [
         "step      2  from here on 8 rows of 96 tokens a step",
@@ -86,6 +86,13 @@ def test_each_change_is_compiled_once_and_said(whole):
         "step      9  from here on MTP weight 0.1",
     ]
     assert all("; compiled in " in line for line in lines)
+    changes = [r for r in record.read(whole[0] / "metrics.jsonl") if r["kind"] == "change"]
+    said = [line.partition("from here on ")[2].partition("; compiled in ")[0] for line in lines]
+    assert [(r["step"], r["what"]) for r in changes] == list(zip((2, 4, 7, 9), said, strict=True))
+    assert [(r["rows"], r["sequence_length"], r["attention"], r["mtp_weight"]) for r in changes[2:]] == [
+        (4, 128, "sparse", 0.3),
+        (4, 128, "sparse", 0.1),
+    ]
 
 
 def test_what_a_stage_does_shows_in_the_records(whole):

@@ -164,7 +164,7 @@ def _train(
         bad = quarantine.BadRecords(parts.data.quarantine, path=own, sources=parts.data.sources, config=recipe.data)
         # Saved first: an evaluation must not use up the time that a stopped run has left.
         evaluates = evaluation.Evaluation(parts, program, sink, asked=asked, done=measured.leave_out)
-        compiles = phases.Changes(parts, program, say=show.say, done=measured.leave_out)
+        compiles = phases.Changes(parts, program, sink, say=show.say, done=measured.leave_out)
         timed = [dog.over("save", saves), dog.over("evaluation", evaluates), dog.over("compilation", compiles, timed=False)]
         hooks = [*timed, first, measured, phases.Amounts(parts, sink), bad]
         told = {"sink": sink, "say": show.say, "done": measured.leave_out}

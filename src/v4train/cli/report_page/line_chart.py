@@ -9,11 +9,12 @@ abscissa come from here; it only projects numbers to pixels, with the six lines 
 import html
 import json
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from v4train.cli.html_page import scale
-from v4train.cli.report_page import curves
+from v4train.cli.report_page import curves, events
 
 NARROW, WIDE, HEIGHT = 560, 1140, 270  # px; the browser replaces the widths
 TOP, RIGHT, BOTTOM, LEFT = 12, 22, 40, 58  # margins, px
@@ -55,7 +56,9 @@ def axes(abscissas: list[curves.Abscissa]) -> dict[str, dict]:
     return found
 
 
-def page_data(charts: list[curves.Chart], *, abscissas: list[curves.Abscissa], choices: dict[str, dict]) -> str:
+def page_data(
+    charts: list[curves.Chart], *, abscissas: list[curves.Abscissa], choices: dict[str, dict], marks: Sequence[events.Mark] = ()
+) -> str:
     """What the script needs, as JSON that is safe inside a script element."""
     data = {
         "margins": [TOP, RIGHT, BOTTOM, LEFT],
@@ -64,20 +67,29 @@ def page_data(charts: list[curves.Chart], *, abscissas: list[curves.Abscissa], c
         "markerGap": MARKER_GAP,
         "joined": JOINED,
         "choices": {clock: {key: value for key, value in choice.items() if key != "divisor"} for clock, choice in choices.items()},
-        "abscissas": [{clock: _numbers(a.clocks[clock] / choices[clock]["divisor"]) for clock in choices} for a in abscissas],
+        "abscissas": [_by_clock(a, choices) for a in abscissas],
+        "marks": [{"style": mark.style, "label": mark.label, "ends": _by_clock(mark.ends, choices)} for mark in marks],
         "charts": [_chart_data(chart) for chart in charts],
     }
     return json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
 
 
-def figure(chart: curves.Chart, *, number: int, abscissas: list[curves.Abscissa], choices: dict[str, dict], wide: bool) -> str:
+def figure(
+    chart: curves.Chart,
+    *,
+    number: int,
+    abscissas: list[curves.Abscissa],
+    choices: dict[str, dict],
+    wide: bool,
+    marks: Sequence[events.Mark] = (),
+) -> str:
     """The chart as a figure element; ``number`` is its place in the list given to `page_data`."""
     title = html.escape(chart.title)
     remark = f'<p class="remark">{html.escape(chart.remark)}</p>' if chart.remark else ""
     return (
         f'<figure class="chart{" wide" if wide else ""}" data-chart="{number}"><figcaption><h3>{title}</h3>'
         f'<span class="unit">{html.escape(chart.unit)}</span></figcaption>{_legend(chart)}'
-        f'<div class="plot">{_svg(chart, number=number, abscissas=abscissas, choices=choices, width=WIDE if wide else NARROW)}'
+        f'<div class="plot">{_svg(chart, number=number, abscissas=abscissas, choices=choices, marks=marks, width=WIDE if wide else NARROW)}'
         f'<div class="tip" hidden></div></div>{remark}</figure>'
     )
 
@@ -112,7 +124,15 @@ def _describe(chart: curves.Chart) -> str:
     return f"{chart.title}{f' ({chart.unit})' if chart.unit else ''}: {'; '.join(parts)}."
 
 
-def _svg(chart: curves.Chart, *, number: int, abscissas: list[curves.Abscissa], choices: dict[str, dict], width: int) -> str:
+def _svg(
+    chart: curves.Chart,
+    *,
+    number: int,
+    abscissas: list[curves.Abscissa],
+    choices: dict[str, dict],
+    marks: Sequence[events.Mark],
+    width: int,
+) -> str:
     bottom = HEIGHT - BOTTOM
     x = choices["step"]["linear"] if "step" in choices else {"low": 0, "high": 1, "ticks": []}
     rows = "".join(
@@ -124,14 +144,26 @@ def _svg(chart: curves.Chart, *, number: int, abscissas: list[curves.Abscissa], 
         for tick, label in x["ticks"]
     )
     lines = "".join(_curve(curve, chart=chart, abscissa=abscissas[curve.abscissa], x=x, width=width) for curve in chart.curves)
+    happened = "".join(_mark(mark, x=x, width=width) for mark in marks)
     clip = f'<rect x="{LEFT - 5}" y="{TOP - 5}" width="{width - LEFT - RIGHT + 10}" height="{bottom - TOP + 10}"/>'
     return (
         f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" tabindex="0" aria-label="{html.escape(_describe(chart))}">'
         f'<clipPath id="clip{number}">{clip}</clipPath><g class="rows">{rows}</g>'
         f'<path class="base" d="M{LEFT},{bottom}H{width - RIGHT}"/><g class="columns">{columns}</g>'
         f'<text class="name" x="{(LEFT + width - RIGHT) / 2:.0f}" y="{HEIGHT - 4}">step</text>'
-        f'<g clip-path="url(#clip{number})">{lines}</g><g class="cross"></g></svg>'
+        f'<g class="events">{happened}</g><g class="curves" clip-path="url(#clip{number})">{lines}</g><g class="cross"></g></svg>'
     )
+
+
+def _mark(mark: events.Mark, *, x: dict, width: int) -> str:
+    """A band from its begin to its end, which for a change is a line."""
+    left, right = (_project(step, x["low"], x["high"], LEFT, width - RIGHT) for step in mark.ends.clocks["step"])
+    band = f"M{left:.1f},{TOP}H{right:.1f}V{HEIGHT - BOTTOM}H{left:.1f}Z"
+    return f'<path class="{mark.style}" d="{band}"><title>{html.escape(mark.label)}</title></path>'
+
+
+def _by_clock(abscissa: curves.Abscissa, choices: dict[str, dict]) -> dict[str, list[float | None]]:
+    return {clock: _numbers(abscissa.clocks[clock] / choices[clock]["divisor"]) for clock in choices}
 
 
 def _y_ticks(chart: curves.Chart) -> list[tuple[float, str]]:

@@ -3,7 +3,7 @@
 import html
 
 from v4train.cli.html_page import frame
-from v4train.cli.report_page import charts, curves, figures, heat_map, line_chart, script, style, tables
+from v4train.cli.report_page import charts, curves, events, figures, heat_map, line_chart, script, style, tables
 from v4train.cli.report_page import runs as runs_lib
 
 
@@ -11,7 +11,7 @@ def write(runs: list[runs_lib.Run]) -> str:
     """The report on these runs: one HTML document that refers to nothing outside itself."""
     known = [figures.of(run) for run in runs]
     drawn = charts.build(runs)
-    choices = line_chart.axes(drawn.abscissas)
+    choices, marks = line_chart.axes(drawn.abscissas), events.marks(runs)
     title = runs[0].name if len(runs) == 1 else ", ".join(run.name for run in runs)
     top = _single(runs[0], known=known[0]) if len(runs) == 1 else _several(runs, known=known)
     sections, number = [], 0
@@ -22,14 +22,14 @@ def write(runs: list[runs_lib.Run]) -> str:
         ("Optimisation and speed", drawn.training),
     )
     for heading, part in parts:
-        sections.append(frame.section(heading, _grid(part, first=number, drawn=drawn, choices=choices)))
+        sections.append(frame.section(heading, _grid(part, first=number, drawn=drawn, choices=choices, marks=marks)))
         number += len(part)
     maps = "".join(
         heat_map.figure(run, title="Expert load" if len(runs) == 1 else f"Expert load: {run.name}", number=i) for i, run in enumerate(runs)
     )
-    sections.append(frame.section("Experts", _grid(drawn.experts, first=number, drawn=drawn, choices=choices) + maps))
-    body = "".join([top, _controls(choices) if drawn.all else _too_early(), *sections, _recipes(runs)])
-    data = line_chart.page_data(drawn.all, abscissas=drawn.abscissas, choices=choices)
+    sections.append(frame.section("Experts", _grid(drawn.experts, first=number, drawn=drawn, choices=choices, marks=marks) + maps))
+    body = "".join([top, events.section(runs), _controls(choices) if drawn.all else _too_early(), *sections, _recipes(runs)])
+    data = line_chart.page_data(drawn.all, abscissas=drawn.abscissas, choices=choices, marks=marks)
     return frame.document(body, title=f"Training report: {title}", sheet=style.sheet(), script=script.SOURCE, data={"charts": data})
 
 
@@ -68,11 +68,16 @@ def _controls(choices: dict[str, dict]) -> str:
     return f'<form class="controls" hidden>{"".join(parts)}</form>'
 
 
-def _grid(part: list[curves.Chart], *, first: int, drawn: charts.Charts, choices: dict[str, dict]) -> str:
+def _grid(part: list[curves.Chart], *, first: int, drawn: charts.Charts, choices: dict[str, dict], marks: list[events.Mark]) -> str:
     """Two charts a row; one left over takes the whole row."""
     cells = [
         line_chart.figure(
-            chart, number=first + i, abscissas=drawn.abscissas, choices=choices, wide=i == len(part) - 1 and len(part) % 2 == 1
+            chart,
+            number=first + i,
+            abscissas=drawn.abscissas,
+            choices=choices,
+            marks=marks,
+            wide=i == len(part) - 1 and len(part) % 2 == 1,
         )
         for i, chart in enumerate(part)
     ]

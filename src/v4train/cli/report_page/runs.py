@@ -59,12 +59,14 @@ class ExpertLoad:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything a report says about one run. ``summary`` is empty until the run has ended."""
+    """Everything a report says about one run. ``summary`` is empty until the run has ended; ``rollbacks`` and ``changes`` are as logged."""
 
     name: str
     train: Lines
     evaluation: Lines
     experts: tuple[ExpertLoad, ...]
+    rollbacks: tuple[dict, ...]
+    changes: tuple[dict, ...]
     summary: dict
     recipe: dict
     recipe_text: str
@@ -152,6 +154,8 @@ def _read_run(path: pathlib.Path, *, name: str) -> Run:
         train=_table(by_kind["train"]),
         evaluation=_table(by_kind["eval"]),
         experts=tuple(load for load in map(_expert_load, by_kind["experts"].values()) if load is not None),
+        rollbacks=tuple(by_kind["rollback"].values()),
+        changes=tuple(by_kind["change"].values()) + tuple(by_kind["anticipate"].values()),
         summary=summary,
         recipe=recipe,
         recipe_text=text if recipe or recipe_file.is_file() else "",
@@ -163,7 +167,7 @@ def _read_run(path: pathlib.Path, *, name: str) -> Run:
 
 def _read_log(path: pathlib.Path, *, notes: list[str]) -> dict[str, dict[int, dict]]:
     """Kind -> step -> line, steps ascending."""
-    found: dict[str, dict[int, dict]] = {"train": {}, "eval": {}, "experts": {}}
+    found: dict[str, dict[int, dict]] = {kind: {} for kind in ("train", "eval", "experts", "rollback", "change", "anticipate")}
     repeated: collections.Counter = collections.Counter()
     unreadable: list[int] = []
     rows = path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -58,7 +58,17 @@ function draw(chart) {
   const name = svg.querySelector("text.name");
   name.setAttribute("x", (LEFT + end) / 2);
   name.textContent = data.choices[state.clock].name + (log ? ", logarithmic" : "");
-  const layer = svg.querySelector("g[clip-path]");
+  const happened = svg.querySelector(".events");
+  happened.replaceChildren();
+  for (const mark of data.marks) {
+    const ends = mark.ends[state.clock].map(v => v === null || (log && v <= 0) ? null : project(v, x.low, x.high, LEFT, end, log));
+    if (ends[1] === null) continue;
+    const from = Math.max(LEFT, ends[0] ?? LEFT).toFixed(1), to = ends[1].toFixed(1);
+    const band = make("path", {class: mark.style, d: `M${from},${TOP}H${to}V${BASE}H${from}Z`});
+    band.append(make("title", {}, mark.label));
+    happened.append(band);
+  }
+  const layer = svg.querySelector(".curves");
   layer.replaceChildren();
   chart.drawn = chart.curves.map(curve => {
     const all = points(chart, curve), seen = all.filter(p => p);

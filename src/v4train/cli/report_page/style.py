@@ -44,6 +44,10 @@ path.line,path.marked{stroke-width:1.8}
 path.raw{stroke-width:1;opacity:.28}
 path.points{stroke-width:1.2;stroke-dasharray:1 3.5;opacity:.9}
 path.mark{fill:var(--c);stroke:var(--page);stroke-width:1}
+path.event{stroke:var(--c);fill:var(--c);fill-opacity:.14;stroke-width:1;stroke-dasharray:2 3}
+path.event:not(.of-run){--c:var(--soft)}
+path.rollback:not(.of-run){--c:var(--c1)}
+path.rollback{stroke-dasharray:none;stroke-opacity:.55}
 .cross path{stroke:var(--soft);stroke-dasharray:3 3;fill:none}
 .cross circle{fill:var(--c);stroke:var(--page);stroke-width:1.5}
 .tip{position:absolute;top:10px;z-index:2;pointer-events:none;padding:6px 10px}

@@ -12,11 +12,14 @@ from v4train.train.hooks import record
 
 
 class Changes:
-    """Compiles the training step of a new variant before its first step, once, and says what is new. Its time is not a step's."""
+    """Compiles the training step of a new variant before its first step, once, says what is new and records it (kind ``change``). Its
+    time is not a step's."""
 
-    def __init__(self, parts: build.Parts, program: build.Program, *, say: Callable[[str], None], done: Callable[[float], None]):
+    def __init__(
+        self, parts: build.Parts, program: build.Program, sink: record.Sink, *, say: Callable[[str], None], done: Callable[[float], None]
+    ):
         """``say`` gets a line for people; ``done`` is told the seconds of a change."""
-        self._parts, self._program, self._say, self._done = parts, program, say, done
+        self._parts, self._program, self._sink, self._say, self._done = parts, program, sink, say, done
         self._current: build.Variant | None = None
 
     def before(self, step: int, state: state_lib.State) -> None:
@@ -29,6 +32,11 @@ class Changes:
         jax.block_until_ready(state)  # the step before is still at work: its time is its own
         started = time.perf_counter()
         seconds = build.add_step(self._program, self._parts, variant)
+        before = self._parts.variant_at(max(step - 1, 0))  # not the current one: a process may begin just here
+        if variant != before:
+            shape = {"rows": variant.shape.rows, "sequence_length": variant.shape.sequence_length}
+            what = ", ".join(changed(before, variant))
+            self._sink({"kind": "change", "step": step, "what": what, **shape, **variant.stage._asdict()})
         if self._current is not None:
             compiled = "compiled before" if seconds is None else f"compiled in {seconds:.1f} s"
             self._say(f"step {step:>6}  from here on {', '.join(changed(self._current, variant))}; {compiled}")
