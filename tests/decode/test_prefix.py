@@ -9,7 +9,7 @@ import pytest
 from tests.decode import sequences
 from tests.model import small
 from v4train.data import tokenizer as tokenizer_lib
-from v4train.decode import prefix, scheduler
+from v4train.decode import moves, prefix, scheduler
 from v4train.decode import prompt as prompt_lib
 from v4train.decode import request as request_lib
 
@@ -172,6 +172,36 @@ def test_pages_that_a_cancelled_prompt_never_computed_are_not_shared(reusing):
     assert stream.cached_tokens == 32
     assert [key in known._held for key in keys] == [True] * 2 + [False] * 4
     assert run(made, one)[0] == (expected, 32)
+
+
+def test_others_take_their_steps_while_a_beginning_is_loaded(tiered, plain, monkeypatch):
+    """A page a turn instead of sixteen: the prompt's 64 tokens take four turns, in each of which the other one gets its token."""
+    monkeypatch.setattr(moves, "TOGETHER", 1)
+    run(begun(tiered), REQUESTS[0])
+    made, company, gone = begun(tiered), [], []
+    other = text((8, 20), tokens=40)
+    made.submit(other, listener=company.append)
+    while not company:
+        made.turn()
+    leaving = made.submit(REQUESTS[0], listener=gone.append)
+    before = len(company)
+    for turn in range(2):
+        made.turn()
+        assert (len(company), gone, made._order[1].read) == (before + turn + 1, [], 0)
+    leaving.cancel()
+    made.turn()
+    assert gone[0].finish_reason == "cancelled"
+    before, answer = len(company), []
+    stream = made.submit(REQUESTS[0], listener=answer.append)
+    while not answer:
+        made.turn()
+    assert len(company) - before >= 64 // 16
+    while made.turn():
+        pass
+    assert [(event.token, event.logprob) for event in answer] == plain[0]
+    assert stream.cached_tokens == 64
+    assert [(event.token, event.logprob) for event in company] == run(begun(tiered), other)[0][0]
+    assert (made._pages._owners > 0).sum() == made._prefixes.held
 
 
 @pytest.mark.slow

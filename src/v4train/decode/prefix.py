@@ -16,7 +16,7 @@ used longest ago, ends before beginnings. States lie in host memory (``prefix_by
 state is made, and are read back when memory no longer has them. A block that is damaged shortens what can be taken up, nothing else.
 
 A prompt is looked up when its own turn comes to be computed: requests with a common beginning that arrive together find what the first of
-them has computed.
+them has computed. What is not in memory is loaded a few pages a turn (`Reuse`), with a step of the others in between.
 """
 
 import collections
@@ -129,38 +129,11 @@ class Prefixes:
             del self._held[key]
             self._pages.drop([held.page])
 
-    def reuse(self, cache: cache_lib.Cache, prompt: prompt_lib.Prompt, *, slot: int, tokens: int) -> tuple[cache_lib.Cache, int]:
-        """Begins a prompt with what is known of it.
-
-        Args:
-            cache: donated.
-            slot: has pages of its own for ``tokens`` tokens.
-
-        Returns:
-            The cache, and how many tokens of the prompt it holds. Pages may have changed: place the table before the next call.
-        """
+    def reuse(self, prompt: prompt_lib.Prompt, *, slot: int, tokens: int) -> "Reuse":
+        """Begins to take up what is known of a prompt; the slot has pages of its own for ``tokens`` tokens."""
         most = (len(prompt) - 1) // self._grid * self._grid
         self.counts["prefix_queries"] += 1
-        keys = self._keys(prompt, most)
-        while (found := self._deepest(keys)) is not None:
-            count, state = found
-            shared = self._shared(keys[:count])
-            self._pages.release(slot)
-            self._pages.share(slot, pages=shared)
-            if not self._pages.reserve(slot, tokens=tokens):
-                raise AssertionError("a slot that gives its pages back can have them again")
-            cache, good = self._load(cache, keys[:count], slot=slot, first=len(shared))
-            if good < count:
-                keys = keys[:good]
-                continue
-            self._hold(keys[:count], self._pages.of(slot))  # those behind have yet to be computed
-            cache = self._moves.put_state(cache, slot, state=state, length=count * self._page)
-            if self._decoder.tiers is not None:
-                self._decoder.tiers.empty(slot)
-            self.counts["prefix_hits"] += 1
-            self.counts["prefix_tokens"] += count * self._page
-            return cache, count * self._page
-        return cache, 0
+        return Reuse(self, self._keys(prompt, most), slot=slot, tokens=tokens)
 
     def remember(self, cache: cache_lib.Cache, prompt: prompt_lib.Prompt, *, slot: int, read: int) -> None:
         """Keeps what a prompt has brought so far, if a state is due; ``read`` tokens of it were computed or taken up."""
@@ -266,23 +239,18 @@ class Prefixes:
                     return  # whoever has the page is told, and it is computed again
                 self._blocks.put(key, functools.partial(_page_bytes, arrays, i, host))
 
-    def _load(self, cache: cache_lib.Cache, keys: list[bytes], *, slot: int, first: int) -> tuple[cache_lib.Cache, int]:
-        """Reads blocks to the slot's own pages from ``first`` on; how many pages are good then, those before included."""
-        own = self._pages.of(slot)
-        for start in range(first, len(keys), moves.TOGETHER):
-            blocks: list[bytes] = []
-            for key in keys[start : start + moves.TOGETHER]:
-                block = None if self._blocks is None else self._blocks.get(key)
-                if block is None:
-                    break
-                blocks.append(block)
-            pages = own[start : start + len(blocks)]
-            if blocks:
-                cache = self._moves.put_pages(cache, pages, blocks)
-                self._put_host(pages, blocks)
-            if len(pages) < len(keys[start : start + moves.TOGETHER]):
-                return cache, start + len(pages)
-        return cache, len(keys)
+    def _load(self, cache: cache_lib.Cache, keys: list[bytes], pages: list[int]) -> tuple[cache_lib.Cache, int]:
+        """Reads blocks to these pages, at most `moves.TOGETHER`; how many of them are good."""
+        blocks: list[bytes] = []
+        for key in keys:
+            block = None if self._blocks is None else self._blocks.get(key)
+            if block is None:
+                break
+            blocks.append(block)
+        if blocks:
+            cache = self._moves.put_pages(cache, pages[: len(blocks)], blocks)
+            self._put_host(pages[: len(blocks)], blocks)
+        return cache, len(blocks)
 
     def _put_host(self, pages: list[int], blocks: list[bytes]) -> None:
         tiers = self._decoder.tiers
@@ -296,6 +264,62 @@ class Prefixes:
                 rows[name] = np.frombuffer(block, np.uint8, size, at).view(s.dtype).reshape(s.shape)
                 at += size
             tiers.pool.put_page(page, rows)
+
+
+class Reuse:
+    """A beginning that is being taken up, a few pages at a time, so that others can take their steps in between."""
+
+    def __init__(self, prefixes: Prefixes, keys: list[bytes], *, slot: int, tokens: int):
+        """See `Prefixes.reuse`."""
+        self._prefixes, self._keys, self._slot, self._tokens = prefixes, keys, slot, tokens
+        self._state: bytes | None = None
+        self._count, self._good = 0, 0  # pages that are wanted, and that are there
+
+    def advance(self, cache: cache_lib.Cache) -> tuple[cache_lib.Cache, int | None]:
+        """Goes on.
+
+        Args:
+            cache: donated.
+
+        Returns:
+            The cache, and how many tokens of the prompt it holds at the end, or None if there is more to do. Pages may have changed: place
+            the table before the next call of the model.
+        """
+        p = self._prefixes
+        if self._state is None and not self._begin():
+            return cache, 0
+        if self._good < self._count:
+            last = min(self._count, self._good + moves.TOGETHER)
+            cache, loaded = p._load(cache, self._keys[self._good : last], p._pages.of(self._slot)[self._good : last])
+            self._good += loaded
+            if self._good < last:
+                self._keys, self._state = self._keys[: self._good], None  # a block is missing: less of it, then
+                return cache, None
+        if self._good < self._count:
+            return cache, None
+        assert self._state is not None
+        p._hold(self._keys[: self._count], p._pages.of(self._slot))
+        cache = p._moves.put_state(cache, self._slot, state=self._state, length=self._count * p._page)
+        if p._decoder.tiers is not None:
+            p._decoder.tiers.empty(self._slot)
+        p.counts["prefix_hits"] += 1
+        p.counts["prefix_tokens"] += self._count * p._page
+        return cache, self._count * p._page
+
+    def _begin(self) -> bool:
+        """Whether there is something to take up; the slot then begins with the pages of it that are in memory."""
+        p = self._prefixes
+        found = p._deepest(self._keys)
+        if found is None:
+            return False
+        self._count, self._state = found
+        shared = p._shared(self._keys[: self._count])
+        p._pages.release(self._slot)
+        p._pages.share(self._slot, pages=shared)
+        if not p._pages.reserve(self._slot, tokens=self._tokens):
+            raise AssertionError("a slot that gives its pages back can have them again")
+        self._good = len(shared)
+        return True
 
 
 def _state_key(key: bytes) -> bytes:

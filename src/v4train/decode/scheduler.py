@@ -86,6 +86,7 @@ class _Sequence:
     draft: int | None = None  # and what may follow it
     past: list[int] = dataclasses.field(default_factory=list)  # all tokens of the answer
     again: int | None = None  # while they are processed again: how many are
+    reuse: prefix_lib.Reuse | None = None  # while its beginning is taken up
 
     @property
     def prompt(self) -> prompt_lib.Prompt:
@@ -271,13 +272,19 @@ class Scheduler:
             self._prefixes.make_room(self._pages.needed(slot, tokens=tokens))
         return self._pages.reserve(slot, tokens=tokens)
 
-    def _take_up(self, sequence: _Sequence) -> None:
-        """Begins a prompt with what earlier ones had in common with it."""
+    def _taken_up(self, sequence: _Sequence) -> bool:
+        """Begins a prompt with what earlier ones had in common with it, a few pages a turn; whether that is done."""
         if self._prefixes is None or sequence.read or sequence.stream.request.score_prompt:
-            return
-        self._cache, sequence.read = self._prefixes.reuse(self._cache, sequence.prompt, slot=sequence.slot, tokens=sequence.most)
-        sequence.stream.cached_tokens = sequence.read
+            return True
+        if sequence.reuse is None:
+            sequence.reuse = self._prefixes.reuse(sequence.prompt, slot=sequence.slot, tokens=sequence.most)
+        self._cache, taken = sequence.reuse.advance(self._cache)
         self._place_pages()
+        if taken is None:
+            return False
+        sequence.read = sequence.stream.cached_tokens = taken
+        sequence.reuse = None
+        return True
 
     def _begin_lost_again(self) -> None:
         """Sequences whose entries were lost begin again; what the last call computed for them is worth nothing."""
@@ -298,7 +305,9 @@ class Scheduler:
 
     def _prefill(self, sequence: _Sequence) -> None:
         began, prompt = time.monotonic(), sequence.prompt
-        self._take_up(sequence)
+        if not self._taken_up(sequence):
+            self._seconds["prefill"] += time.monotonic() - began
+            return
         count = min(self.decoder.config.prefill_chunk, len(prompt) - sequence.read)
         every = sequence.stream.request.score_prompt
         decoded = self.decoder.prefill(self._cache, prompt=prompt, start=sequence.read, slot=sequence.slot, count=count, every=every)
@@ -465,7 +474,7 @@ class Scheduler:
             self._order.remove(sequence)
         self._slots[sequence.slot] = None
         self._pages.release(sequence.slot)
-        sequence.slot = -1
+        sequence.slot, sequence.reuse = -1, None
 
     def _guarded(self, concerned: list[_Sequence], call: Callable[[], None]) -> None:
         """Runs a call of the model; if it fails, so do the sequences concerned, and all others whose cache it took."""
