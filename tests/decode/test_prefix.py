@@ -204,6 +204,43 @@ def test_others_take_their_steps_while_a_beginning_is_loaded(tiered, plain, monk
     assert (made._pages._owners > 0).sum() == made._prefixes.held
 
 
+def test_a_bad_block_in_the_middle_is_a_miss_and_the_prompt_is_looked_up_again(tiered, reusing, monkeypatch):
+    """Two pages are shared with company, two are good, the fifth is not: the pages go back, and are too few until there are others."""
+    monkeypatch.setattr(moves, "TOGETHER", 1)
+    one = text((30, 97), tokens=3)
+    expected, _ = run(scheduler.Scheduler(reusing, tokenizer=BYTES), one)[0]
+    run(begun(tiered), one)
+    made = begun(tiered)
+    keys = made._prefixes._keys(one.prompt, 96)
+    assert run(made, text((30, 33)))[0][1] == 32
+    file = tiered.blocks._file(keys[4])
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    before, company, answer = tiered.blocks.counts["crc_failures"], [], []
+    other = text((30, 33), (31, 5), tokens=40)
+    made.submit(other, listener=company.append)
+    stream = made.submit(one, listener=answer.append)
+    made.turn()  # the other's prompt
+    made.turn()  # the first page
+    taken = [made._pages._free.pop() for _ in range(made._pages.free)]
+    made._pages.hold(taken)
+    made.turn()
+    made.turn()
+    assert (made.statistics().waiting, made.statistics().running, tiered.blocks.counts["crc_failures"] - before) == (1, 1, 1)
+    steps = len(company)
+    for _ in range(3):
+        made.turn()
+    assert (answer, made.statistics().waiting, len(company)) == ([], 1, steps + 3)
+    made._pages.drop(taken)
+    while made.turn():
+        pass
+    assert [(event.token, event.logprob) for event in answer] == expected
+    assert stream.cached_tokens == 64
+    assert [(event.token, event.logprob) for event in company] == run(begun(tiered), other)[0][0]
+    assert (made._pages._owners > 0).sum() == made._prefixes.held
+
+
 @pytest.mark.slow
 def test_pages_of_prompts_make_room_for_requests(params, plain):
     """Slow: a decoder of its own. As many pages as one sequence needs: whatever is held has to go when the next one comes."""

@@ -186,12 +186,11 @@ class Prefixes:
         self._latest = known, found
         return found[: tokens // self._page]
 
-    def _known(self, key: bytes) -> bool:
-        return key in self._held or (self._blocks is not None and key in self._blocks)
-
     def _deepest(self, keys: list[bytes]) -> tuple[int, bytes] | None:
         """Pages and state of the longest beginning that can be taken up."""
-        known = next((i for i, key in enumerate(keys) if not self._known(key)), len(keys))
+        known = len(self._shared(keys))
+        while known < len(keys) and self._blocks is not None and keys[known] in self._blocks:
+            known += 1
         step = self._grid // self._page
         for count in range(known // step * step, 0, -step):
             key = _state_key(keys[count - 1])
@@ -271,9 +270,23 @@ class Reuse:
 
     def __init__(self, prefixes: Prefixes, keys: list[bytes], *, slot: int, tokens: int):
         """See `Prefixes.reuse`."""
-        self._prefixes, self._keys, self._slot, self._tokens = prefixes, keys, slot, tokens
+        self._prefixes, self._slot = prefixes, slot
         self._state: bytes | None = None
-        self._count, self._good = 0, 0  # pages that are wanted, and that are there
+        self._keys: list[bytes] = []  # of the pages that are taken up
+        self._good = 0  # of these, that are there
+        self.missed = False
+        """A block that was there is not, or is damaged. Give the slot's pages back and ask `Prefixes.reuse` anew: it knows of less then."""
+        found = prefixes._deepest(keys)
+        if found is None:
+            return
+        count, self._state = found
+        self._keys = keys[:count]
+        shared = prefixes._shared(self._keys)
+        self._good = len(shared)
+        prefixes._pages.release(slot)
+        prefixes._pages.share(slot, pages=shared)
+        if not prefixes._pages.reserve(slot, tokens=tokens):
+            raise AssertionError("a slot that gives its pages back can have them again")
 
     def advance(self, cache: cache_lib.Cache) -> tuple[cache_lib.Cache, int | None]:
         """Goes on.
@@ -282,44 +295,26 @@ class Reuse:
             cache: donated.
 
         Returns:
-            The cache, and how many tokens of the prompt it holds at the end, or None if there is more to do. Pages may have changed: place
-            the table before the next call of the model.
+            The cache, and how many tokens of the prompt it holds at the end, or None if there is more to do or something is `missed`. Pages
+            may have changed: place the table before the next call of the model.
         """
-        p = self._prefixes
-        if self._state is None and not self._begin():
+        p, last = self._prefixes, min(len(self._keys), self._good + moves.TOGETHER)
+        if self._state is None:
             return cache, 0
-        if self._good < self._count:
-            last = min(self._count, self._good + moves.TOGETHER)
+        if self._good < last:
             cache, loaded = p._load(cache, self._keys[self._good : last], p._pages.of(self._slot)[self._good : last])
             self._good += loaded
-            if self._good < last:
-                self._keys, self._state = self._keys[: self._good], None  # a block is missing: less of it, then
+            self.missed = self._good < last
+            if self._good < len(self._keys):
                 return cache, None
-        if self._good < self._count:
-            return cache, None
-        assert self._state is not None
-        p._hold(self._keys[: self._count], p._pages.of(self._slot))
-        cache = p._moves.put_state(cache, self._slot, state=self._state, length=self._count * p._page)
+        tokens = len(self._keys) * p._page
+        p._hold(self._keys, p._pages.of(self._slot))  # those behind have yet to be computed
+        cache = p._moves.put_state(cache, self._slot, state=self._state, length=tokens)
         if p._decoder.tiers is not None:
             p._decoder.tiers.empty(self._slot)
         p.counts["prefix_hits"] += 1
-        p.counts["prefix_tokens"] += self._count * p._page
-        return cache, self._count * p._page
-
-    def _begin(self) -> bool:
-        """Whether there is something to take up; the slot then begins with the pages of it that are in memory."""
-        p = self._prefixes
-        found = p._deepest(self._keys)
-        if found is None:
-            return False
-        self._count, self._state = found
-        shared = p._shared(self._keys[: self._count])
-        p._pages.release(self._slot)
-        p._pages.share(self._slot, pages=shared)
-        if not p._pages.reserve(self._slot, tokens=self._tokens):
-            raise AssertionError("a slot that gives its pages back can have them again")
-        self._good = len(shared)
-        return True
+        p.counts["prefix_tokens"] += tokens
+        return cache, tokens
 
 
 def _state_key(key: bytes) -> bytes:

@@ -280,6 +280,8 @@ class Scheduler:
             sequence.reuse = self._prefixes.reuse(sequence.prompt, slot=sequence.slot, tokens=sequence.most)
         self._cache, taken = sequence.reuse.advance(self._cache)
         self._place_pages()
+        if sequence.reuse.missed:
+            self._begin_again(sequence)
         if taken is None:
             return False
         sequence.read = sequence.stream.cached_tokens = taken
@@ -295,10 +297,14 @@ class Scheduler:
             self._prefixes.forget(pages)
         for sequence in [s for s in self._order if pages.intersection(self._pages.of(s.slot))]:
             _log.warning("entries of a running sequence were damaged on the disk: they are computed again")
-            self._release(sequence)
-            sequence.read, sequence.draft, sequence.again = 0, None, 0 if sequence.produced else None
-            with self._lock:
-                self._waiting.appendleft(sequence)
+            self._begin_again(sequence)
+
+    def _begin_again(self, sequence: _Sequence) -> None:
+        """Puts a sequence back to the head of the queue: its pages are not what they should be. Tokens that are out stay as they are."""
+        self._release(sequence)
+        sequence.read, sequence.draft, sequence.again = 0, None, 0 if sequence.produced else None
+        with self._lock:
+            self._waiting.appendleft(sequence)
 
     def _place_pages(self) -> None:
         self._cache = self._cache._replace(page_table=jax.device_put(self._pages.table.copy(), self._device))
