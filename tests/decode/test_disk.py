@@ -114,7 +114,8 @@ def test_a_full_disk_ends_the_writing_with_one_message(blocks, tmp_path, monkeyp
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     fill(blocks, [2, 3, 4])
     assert [record.getMessage() for record in caplog.records] == [
-        f"the disk tier is off, {tmp_path} cannot be written: [Errno 28] No space left on device"
+        f"{tmp_path} cannot be written (No space left on device): "
+        "blocks that are there are still read, new ones are not kept until the next start"
     ]
     assert [blocks.get(key(i)) for i in (1, 2, 3)] == [content(1), None, None]
     assert len(files(tmp_path)) == 1, "nothing half-written stays"
@@ -127,7 +128,7 @@ def test_a_second_process_is_refused(blocks, tmp_path):
 
 def test_a_place_that_cannot_be_a_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"decode.tiers.disk.path .*file: .*: give a directory that can be written"):
+    with pytest.raises(ValueError, match=r"decode.tiers.disk.path .*file: it is a file: give a directory that can be written"):
         disk.Blocks(tmp_path / "file", limit=100)
 
 

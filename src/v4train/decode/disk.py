@@ -34,6 +34,13 @@ _HEADER = struct.Struct("<8sII32sQI4x")
 _MAGIC, _VERSION = b"v4tblock", 1
 _WAITING = 64
 _TEMPORARY = ".tmp"
+_OFF = "blocks that are there are still read, new ones are not kept until the next start"
+
+
+def refusal(path: pathlib.Path, error: OSError) -> ValueError:
+    """What to say of a directory that cannot be used."""
+    reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+    return ValueError(f"decode.tiers.disk.path {path}: {reason}: give a directory that can be written")
 
 
 class Blocks:
@@ -51,7 +58,7 @@ class Blocks:
             self._lock_file = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
             self._scan()
         except OSError as error:
-            raise ValueError(f"decode.tiers.disk.path {path}: {error.strerror}: give a directory that can be written") from None
+            raise refusal(path, error) from None
         self._mutex = threading.Lock()
         self._jobs: queue.Queue[tuple[bytes, Callable[[], bytes]] | None] = queue.Queue(_WAITING)
         self._pending: set[bytes] = set()
@@ -170,10 +177,10 @@ class Blocks:
                     self._write(key, make())
             except OSError as error:
                 self.off = True
-                _log.error("the disk tier is off, %s cannot be written: %s", self._root, error)
+                _log.error("%s cannot be written (%s): %s", self._root, error.strerror or error, _OFF)
             except Exception:
                 self.off = True
-                _log.exception("the disk tier is off")
+                _log.exception("a cache block cannot be made: %s", _OFF)
             finally:
                 with self._mutex:
                     self._pending.discard(key)

@@ -38,7 +38,7 @@ def open_tiers(layout: cache_lib.Layout) -> tiers.Tiers | None:
             segments = layout.swap_bytes // layout.segment_bytes
             swap = host.Swap(path / f"swap-{os.getpid()}", segment_bytes=layout.segment_bytes, segments=segments)
         except OSError as error:
-            raise ValueError(f"decode.tiers.disk.path {path}: {error.strerror}: give a directory that can be written") from None
+            raise disk.refusal(path, error) from None
     sizes = tiers.Sizes(
         layers=layout.host_layer_count,
         slots=layout.config.slots,
