@@ -28,7 +28,7 @@ def merged(*words: str, **said) -> dict:
 
 def test_without_section_and_options_the_defaults_are_what_they_were():
     assert merged() == {}
-    known = {"cache": "bf16", "prefill_chunk": 512, "speculate": False, "tiers": None, "prefix_bytes": None}
+    known = {"cache": "bf16", "prefill_chunk": 512, "speculate": False, "tiers": None, "prefix_bytes": None, "keep_answers": False}
     assert dump.values(config.DecodingConfig()) == known | {"slots": 8, "max_length": None, "device_bytes": None}
 
 
@@ -42,6 +42,8 @@ def test_options_are_laid_over_the_section():
         "slots": 3,
         "prefix_bytes": 6,
     }
+    assert merged("--keep-answers") == {"keep_answers": True}
+    assert merged("--no-keep-answers", keep_answers=True) == {}
     assert merged("--host-cache", "2MiB", tiers=TIERS) == {"tiers": TIERS | {"host_bytes": 2**21}}
     assert merged("--hot-entries", "64", tiers=TIERS) == {"tiers": TIERS | {"hot_entries": 64}}
     assert merged("--disk-cache", "here", tiers=TIERS) == {"tiers": TIERS | {"disk": {"path": "here", "bytes": 10**7}}}

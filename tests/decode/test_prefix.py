@@ -1,5 +1,6 @@
 """Prompts that begin as earlier ones did are taken up where those are known, and get the same bits; over restarts too."""
 
+import dataclasses
 import os
 
 import jax
@@ -239,6 +240,21 @@ def test_a_bad_block_in_the_middle_is_a_miss_and_the_prompt_is_looked_up_again(t
     assert stream.cached_tokens == 64
     assert [(event.token, event.logprob) for event in company] == run(begun(tiered), other)[0][0]
     assert (made._pages._owners > 0).sum() == made._prefixes.held
+
+
+def test_a_prompt_that_is_scored_leaves_nothing(reusing, plain, monkeypatch):
+    """Its chunks are computed by a program that gives the logits of all tokens, here played by the one that gives the last token's."""
+    prefill = reusing.prefill
+
+    def every(*args, every: bool, **options):
+        decoded = prefill(*args, **options)
+        return decoded._replace(logits=np.broadcast_to(decoded.logits, (16, len(decoded.logits)))) if every else decoded
+
+    made = scheduler.Scheduler(reusing, tokenizer=BYTES)
+    monkeypatch.setattr(reusing, "prefill", every)
+    scored = dataclasses.replace(REQUESTS[0], score_prompt=True)
+    assert [run(made, one)[0][1] for one in (scored, scored, REQUESTS[0], REQUESTS[0])] == [0, 0, 0, 64]
+    assert run(made, REQUESTS[0])[0][0] == plain[0]
 
 
 @pytest.mark.slow

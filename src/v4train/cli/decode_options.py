@@ -51,6 +51,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="host memory for taking up prompts that begin alike (default: the recipe's; 256MiB in a server and with a disk, else none)",
     )
     parser.add_argument(
+        "--keep-answers",
+        action=argparse.BooleanOptionalAction,
+        help="take up answers too, for the next turn of a conversation: the same up to rounding only (default: the recipe's, no)",
+    )
+    parser.add_argument(
         "--no-program-cache", action="store_true", help="do not keep compiled programs in the user's cache directory for later runs"
     )
     parser.add_argument(
@@ -91,7 +96,7 @@ def _merged(args: argparse.Namespace, said: Any) -> Any:
     from v4train.decode import config
 
     names = {"cache": "cache", "chunk": "prefill_chunk", "speculate": "speculate", "prefix_bytes": "prefix_bytes"}
-    names |= {name: name for name in ("slots", "max_length", "device_bytes") if hasattr(args, name)}
+    names |= {name: name for name in ("slots", "max_length", "device_bytes", "keep_answers") if hasattr(args, name)}
     given = {field: getattr(args, name) for name, field in names.items() if getattr(args, name) is not None}
     tiers = None if args.no_tiers else said.tiers
     disk = None if tiers is None else tiers.disk
@@ -135,8 +140,8 @@ def decoder(args: argparse.Namespace, loaded: Any, *, reuse: bool = False, **siz
     said = loaded.decode
     prefix_bytes = said.prefix_bytes
     if prefix_bytes is None:
-        prefix_bytes = _PREFIX_BYTES if reuse or (said.tiers is not None and said.tiers.disk is not None) else 0
+        prefix_bytes = _PREFIX_BYTES if reuse or said.keep_answers or (said.tiers is not None and said.tiers.disk is not None) else 0
     sizes |= {"cache": said.cache, "page_tokens": page_tokens(loaded), "tiers": said.tiers, "prefix_bytes": prefix_bytes}
-    made = config.DecodeConfig(speculate=said.speculate, **sizes)
+    made = config.DecodeConfig(speculate=said.speculate, keep_answers=said.keep_answers, **sizes)
     numerics = loaded.numerics if args.compute is None else numerics_config.NumericsConfig(compute=args.compute)
     return decoder_lib.Decoder(loaded.model, loaded.params, config=made, numerics=numerics)

@@ -44,6 +44,10 @@ class DecodingConfig(base.Config):
     prefix_bytes: Annotated[int, pydantic.Field(ge=0)] | None = None
     """Host memory for taking up prompts that begin as earlier ones did (`--prefix-bytes`). null: 256 MiB in a server and with a disk, else
     none."""
+    keep_answers: bool = False
+    """Take up answers too, not only prompts (`--keep-answers`): the next turn of a conversation then computes its own message alone. What
+    steps compute agrees with what a prompt's chunks would have only up to rounding, so an answer may then depend on what was asked before.
+    """
     slots: _Positive = 8
     """Requests that a server answers together (`--slots`)."""
     max_length: _Positive | None = None
@@ -53,7 +57,7 @@ class DecodingConfig(base.Config):
 
 
 class DecodeConfig(base.Config):
-    """Sizes and formats of the decoder. None of them changes an answer, but `cache` and `attention`."""
+    """Sizes and formats of the decoder. None of them changes an answer, but `cache` and `attention`, and by rounding `keep_answers`."""
 
     slots: _Positive = 1
     """Sequences that run together."""
@@ -78,11 +82,17 @@ class DecodeConfig(base.Config):
     """Host memory for states in which a prompt is taken up that begins as an earlier one did. 0: every prompt is computed."""
     state_tokens: _Positive = 4096
     """Such a state is kept every so many tokens, and at the last whole chunk of a prompt."""
+    keep_answers: bool = False
+    """Pages and states of answers are kept as well, though their numbers are those of chunks only up to rounding; see `decode.prefix`."""
     speculate: bool = False
     """Draft with the model's MTP block."""
 
     @pydantic.model_validator(mode="after")
     def _check(self):
+        if self.keep_answers and not self.prefix_bytes:
+            raise ValueError(
+                "keep_answers is true, but prefix_bytes 0 leaves no room for states: set prefix_bytes, or leave keep_answers out"
+            )
         if self.pages is not None and self.device_bytes is not None:
             raise ValueError(f"pages {self.pages} and device_bytes {self.device_bytes} both set the size of the pool: give one of them")
         return self

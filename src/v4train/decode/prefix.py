@@ -11,6 +11,11 @@ if it was computed by chunks that begin at multiples of the chunk, and a state o
 request itself would have computed, by the same programs on the same shapes; the rest is computed on the same shapes too. Answers are not
 kept: steps compute the same numbers as chunks only up to rounding. What a model said is read again as part of the next prompt.
 
+**Unless** ``keep_answers`` is set. Then an answer's pages are kept like a prompt's, with the state at the end of the last of them, which is
+taken when a step finds the sequence at that length: the rings keep no older token than the window needs. A prompt is then taken up at the
+end of any page, and its first chunk ends where one from its beginning would have. What is so computed goes by other names than without
+the option (`fingerprint`): who promises bits never finds it.
+
 **Where it is kept.** Pages stay where they are in the pools, held by one more owner, until somebody needs the room; then those go that were
 used longest ago, ends before beginnings. States lie in host memory (``prefix_bytes``). With a disk tier both are written to blocks when a
 state is made, and are read back when memory no longer has them. A block that is damaged shortens what can be taken up, nothing else.
@@ -68,6 +73,8 @@ def fingerprint(decoder: decoder_lib.Decoder) -> bytes:
         ],
     }
     whole = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=32)
+    if config.keep_answers:
+        said["answers"] = True
     for path, x in jax.tree.leaves_with_path(decoder.params):
         array = np.ascontiguousarray(np.asarray(x))
         whole.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
@@ -91,6 +98,7 @@ class Prefixes:
         page, chunk = config.page_tokens, config.prefill_chunk
         self._grid = int(np.lcm(page, chunk))
         self._page, self._every = page, -(-config.state_tokens // self._grid) * self._grid
+        self._ends = page if config.keep_answers else self._grid  # what is taken up is a multiple of it
         self._held: dict[bytes, _Held] = {}
         self._states: collections.OrderedDict[bytes, bytes] = collections.OrderedDict()
         self._clock = 0
@@ -131,7 +139,7 @@ class Prefixes:
 
     def reuse(self, prompt: prompt_lib.Prompt, *, slot: int, tokens: int) -> "Reuse":
         """Begins to take up what is known of a prompt; the slot has pages of its own for ``tokens`` tokens."""
-        most = (len(prompt) - 1) // self._grid * self._grid
+        most = (len(prompt) - 1) // self._ends * self._ends
         self.counts["prefix_queries"] += 1
         return Reuse(self, self._keys(prompt, most), slot=slot, tokens=tokens)
 
@@ -140,7 +148,20 @@ class Prefixes:
         last = (len(prompt) - 1) // self._grid * self._grid
         if read == 0 or read % self._grid or (read % self._every and read != last) or read > last:
             return
-        keys, own = self._keys(prompt, read), self._pages.of(slot)
+        state = None if _state_key(self._keys(prompt, read)[-1]) in self._states else self.state(cache, slot=slot)
+        self._keep(cache, prompt, slot=slot, tokens=read, state=state, last=read == last)
+
+    def state(self, cache: cache_lib.Cache, *, slot: int) -> Any:
+        """What `keep` wants of a slot, whose sequence now ends with a page."""
+        return self._moves.take_state(cache, slot)
+
+    def keep(self, cache: cache_lib.Cache, prompt: prompt_lib.Prompt, *, slot: int, state: Any) -> None:
+        """Keeps a sequence, whose answer is part of ``prompt`` here; it ended where the `state` was taken, and may be longer now."""
+        assert self._decoder.config.keep_answers
+        self._keep(cache, prompt, slot=slot, tokens=len(prompt), state=state, last=True)
+
+    def _keep(self, cache: cache_lib.Cache, prompt: prompt_lib.Prompt, *, slot: int, tokens: int, state: Any, last: bool) -> None:
+        keys, own = self._keys(prompt, tokens), self._pages.of(slot)
         new = [i for i, key in enumerate(keys) if self._blocks is not None and key not in self._blocks]
         self._hold(keys, own)
         if self._blocks is not None:
@@ -149,11 +170,11 @@ class Prefixes:
         if key in self._states:
             self._states.move_to_end(key)
             return
-        state = moves.as_bytes(self._moves.take_state(cache, slot))
-        self._keep_state(key, state)
+        content = moves.as_bytes(state)
+        self._keep_state(key, content)
         if self._blocks is not None:
-            self._blocks.put(key, lambda: state)
-            self._blocks.touch([key, *reversed(keys)] if read == last else ())
+            self._blocks.put(key, lambda: content)
+            self._blocks.touch([key, *reversed(keys)] if last else ())
 
     def statistics(self) -> dict[str, float]:
         """Counts since the start (``_total``), and bytes of now."""
@@ -191,7 +212,7 @@ class Prefixes:
         known = len(self._shared(keys))
         while known < len(keys) and self._blocks is not None and keys[known] in self._blocks:
             known += 1
-        step = self._grid // self._page
+        step = self._ends // self._page
         for count in range(known // step * step, 0, -step):
             key = _state_key(keys[count - 1])
             state = self._states.get(key)

@@ -49,6 +49,13 @@ class Prompt:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def followed_by(self, tokens: list[int]) -> "Prompt":
+        """With text after it, such as its answer."""
+        more = np.array(tokens, self.tokens.dtype)
+        return dataclasses.replace(
+            self, tokens=np.concatenate([self.tokens, more]), modality=np.concatenate([self.modality, np.zeros(len(more), np.int32)])
+        )
+
     def chunk(self, start: int, *, size: int) -> context_lib.Inputs:
         """One row with the tokens from ``start`` on, at most ``size``, padded to ``size``.
 

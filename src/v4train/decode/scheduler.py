@@ -36,8 +36,8 @@ from v4train.decode import decoder as decoder_lib
 from v4train.decode import likelihood, sampling, speculate, text
 from v4train.decode import pages as pages_lib
 from v4train.decode import prefix as prefix_lib
-from v4train.decode import prompt as prompt_lib
 from v4train.decode import request as request_lib
+from v4train.decode import sequence as sequence_lib
 
 _log = logging.getLogger(__name__)
 _sample = jax.jit(sampling.sample)
@@ -73,40 +73,6 @@ class Statistics:
     step_seconds: float
 
 
-@dataclasses.dataclass(eq=False)
-class _Sequence:
-    """A request and how far it is."""
-
-    stream: request_lib.Stream
-    answer: text.Answer
-    slot: int = -1
-    read: int = 0  # tokens of the prompt that the cache holds
-    produced: int = 0
-    last: int = 0  # the token that the next step processes
-    draft: int | None = None  # and what may follow it
-    past: list[int] = dataclasses.field(default_factory=list)  # all tokens of the answer
-    again: int | None = None  # while they are processed again: how many are
-    reuse: prefix_lib.Reuse | None = None  # while its beginning is taken up
-
-    @property
-    def prompt(self) -> prompt_lib.Prompt:
-        return self.stream.request.prompt
-
-    @property
-    def held(self) -> int:
-        """Tokens of the sequence that the cache holds: the newest has yet to be processed."""
-        return self.read + (max(self.produced - 1, 0) if self.again is None else self.again)
-
-    @property
-    def most(self) -> int:
-        """Tokens that it may come to."""
-        return len(self.prompt) + self.stream.max_tokens
-
-    @property
-    def answering(self) -> bool:
-        return self.read == len(self.prompt)
-
-
 class Scheduler:
     """Slots, pages and the queue. `submit` may be called from any thread, `turn` by one at a time."""
 
@@ -120,8 +86,8 @@ class Scheduler:
         freed = None if decoder.tiers is None else decoder.tiers.forget
         self._pages = pages_lib.Pages(config, pages=decoder.layout.pages, freed=freed)
         self._prefixes = prefix_lib.open_prefixes(decoder, pages=self._pages)
-        self._waiting: collections.deque[_Sequence] = collections.deque()
-        self._slots: list[_Sequence | None] = [None] * config.slots
+        self._waiting: collections.deque[sequence_lib.Sequence] = collections.deque()
+        self._slots: list[sequence_lib.Sequence | None] = [None] * config.slots
         self._knobs = sampling.Knobs(
             np.zeros(config.slots, np.float32),
             np.zeros(config.slots, np.int32),
@@ -129,7 +95,7 @@ class Scheduler:
             np.zeros((config.slots, 2), np.uint32),
         )
         self._lock = threading.Lock()
-        self._order: list[_Sequence] = []  # those with a slot, oldest first
+        self._order: list[sequence_lib.Sequence] = []  # those with a slot, oldest first
         self._counts: collections.Counter[str] = collections.Counter()
         self._seconds = {"prefill": 0.0, "step": 0.0}
 
@@ -148,7 +114,7 @@ class Scheduler:
         max_tokens = self._check(request)
         seed = int.from_bytes(os.urandom(8), "little") if request.seed is None else request.seed % 2**64
         stream = request_lib.Stream(request, seed=seed, max_tokens=max_tokens, listener=listener)
-        sequence = _Sequence(stream, text.Answer(self.tokenizer, stop=request.stop))
+        sequence = sequence_lib.Sequence(stream, text.Answer(self.tokenizer, stop=request.stop))
         with self._lock:
             if len(self._waiting) >= self.most_waiting:
                 raise request_lib.QueueFullError(f"{len(self._waiting)} requests are waiting, which is as many as may: try again later")
@@ -272,7 +238,7 @@ class Scheduler:
             self._prefixes.make_room(self._pages.needed(slot, tokens=tokens))
         return self._pages.reserve(slot, tokens=tokens)
 
-    def _taken_up(self, sequence: _Sequence) -> bool:
+    def _taken_up(self, sequence: sequence_lib.Sequence) -> bool:
         """Begins a prompt with what earlier ones had in common with it, a few pages a turn; whether that is done."""
         if self._prefixes is None or sequence.read or sequence.stream.request.score_prompt:
             return True
@@ -299,7 +265,7 @@ class Scheduler:
             _log.warning("entries of a running sequence were damaged on the disk: they are computed again")
             self._begin_again(sequence)
 
-    def _begin_again(self, sequence: _Sequence) -> None:
+    def _begin_again(self, sequence: sequence_lib.Sequence) -> None:
         """Puts a sequence back to the head of the queue: its pages are not what they should be. Tokens that are out stay as they are."""
         self._release(sequence)
         sequence.read, sequence.draft, sequence.again = 0, None, 0 if sequence.produced else None
@@ -309,12 +275,13 @@ class Scheduler:
     def _place_pages(self) -> None:
         self._cache = self._cache._replace(page_table=jax.device_put(self._pages.table.copy(), self._device))
 
-    def _prefill(self, sequence: _Sequence) -> None:
+    def _prefill(self, sequence: sequence_lib.Sequence) -> None:
         began, prompt = time.monotonic(), sequence.prompt
         if not self._taken_up(sequence):
             self._seconds["prefill"] += time.monotonic() - began
             return
-        count = min(self.decoder.config.prefill_chunk, len(prompt) - sequence.read)
+        chunk = self.decoder.config.prefill_chunk
+        count = min(chunk - sequence.read % chunk, len(prompt) - sequence.read)
         every = sequence.stream.request.score_prompt
         decoded = self.decoder.prefill(self._cache, prompt=prompt, start=sequence.read, slot=sequence.slot, count=count, every=every)
         self._cache = decoded.cache
@@ -326,7 +293,7 @@ class Scheduler:
         logits = decoded.logits[count - 1] if every else decoded.logits
         sequence.read += count
         self._counts["prompt_tokens"] += count
-        if self._prefixes is not None:
+        if self._prefixes is not None and not every:  # another program, whose bits nobody promises
             self._prefixes.remember(self._cache, prompt, slot=sequence.slot, read=sequence.read)
         if sequence.answering and sequence.again is None:
             knobs = sampling.Knobs(*(knob[sequence.slot : sequence.slot + 1] for knob in self._knobs))
@@ -338,14 +305,16 @@ class Scheduler:
             jax.block_until_ready(logits)
         self._seconds["prefill"] += time.monotonic() - began
 
-    def _score(self, sequence: _Sequence, logits: jax.Array, *, count: int) -> None:
+    def _score(self, sequence: sequence_lib.Sequence, logits: jax.Array, *, count: int) -> None:
         stream, start = sequence.stream, sequence.read
         del stream.prompt_scores[start + 1 if start else 0 :]  # of a chunk that is processed again
         stream.prompt_scores += likelihood.of_chunk(logits, sequence.prompt, start=start, count=count, tops=stream.request.top_logprobs)
 
-    def _step(self, sequences: list[_Sequence]) -> None:
+    def _step(self, sequences: list[sequence_lib.Sequence]) -> None:
         began = time.monotonic()
         tokens, counts = self._rows()
+        if self.decoder.config.keep_answers:
+            self._note_states(sequences)
         for sequence in sequences:
             proposed = [sequence.last] if sequence.draft is None else [sequence.last, sequence.draft]
             if sequence.again is not None:
@@ -366,7 +335,29 @@ class Scheduler:
             self._draft(going, decoded.streams)
         self._seconds["step"] += time.monotonic() - began
 
-    def _catch_up(self, sequences: list[_Sequence]) -> list[_Sequence]:
+    def _note_states(self, sequences: list[sequence_lib.Sequence]) -> None:
+        """Takes the states of those that end with a page, and lets none of them step over the end of one with a draft."""
+        assert self._prefixes is not None
+        page = self.decoder.config.page_tokens
+        for sequence in sequences:
+            if sequence.held % page == 0:
+                sequence.state = sequence.held, self._prefixes.state(self._cache, slot=sequence.slot)
+            if sequence.held % page == page - 1:
+                sequence.draft = None
+
+    def _keep_answer(self, sequence: sequence_lib.Sequence) -> None:
+        """Lets later prompts take up what a sequence leaves: whole pages, to the last state."""
+        if sequence.state is None or sequence.slot < 0:
+            return
+        assert self._prefixes is not None
+        held, state = sequence.state
+        whole = sequence.prompt.followed_by(sequence.past[: held - len(sequence.prompt)])
+        try:
+            self._prefixes.keep(self._cache, whole, slot=sequence.slot, state=state)
+        except Exception:
+            _log.exception("an answer cannot be kept for later prompts; it is complete all the same")
+
+    def _catch_up(self, sequences: list[sequence_lib.Sequence]) -> list[sequence_lib.Sequence]:
         """Those that make new tokens: the others have processed one of their old ones."""
         sequences = [s for s in sequences if s.slot >= 0]
         for sequence in sequences:
@@ -379,7 +370,7 @@ class Scheduler:
         slots = len(self._slots)
         return np.zeros((slots, speculate.width(self.decoder)), np.int32), np.zeros(slots, np.int32)
 
-    def _draft(self, new: dict[_Sequence, list[int]], streams: jax.Array) -> None:
+    def _draft(self, new: dict[sequence_lib.Sequence, list[int]], streams: jax.Array) -> None:
         """Takes rejected tokens back, and guesses what follows the new tokens of these sequences."""
         following, counts = self._rows()
         lengths = np.zeros(len(self._slots), np.int32)
@@ -396,7 +387,7 @@ class Scheduler:
             if sequence.produced + 1 < sequence.stream.max_tokens:  # the last token has no use for a guess
                 sequence.draft = int(drafts.tokens[sequence.slot])
 
-    def _choose(self, sequences: list[_Sequence], logits: jax.Array, knobs: sampling.Knobs, *, rows: list[int]) -> np.ndarray:
+    def _choose(self, sequences: list[sequence_lib.Sequence], logits: jax.Array, knobs: sampling.Knobs, *, rows: list[int]) -> np.ndarray:
         """Samples the next token of each sequence, and if that is the draft, the one after it, and emits them.
 
         Args:
@@ -423,7 +414,7 @@ class Scheduler:
                 self._fail(sequence, error)
         return np.asarray(chosen.tokens).reshape(shape)
 
-    def _take(self, sequence: _Sequence, chosen: sampling.Chosen, best: sampling.Chosen | None, *, row: int) -> None:
+    def _take(self, sequence: sequence_lib.Sequence, chosen: sampling.Chosen, best: sampling.Chosen | None, *, row: int) -> None:
         """Emits the token of a row, and that of the next one if the draft was right."""
         guess, sequence.draft = sequence.draft, None
         count = sequence.stream.request.top_logprobs
@@ -440,7 +431,7 @@ class Scheduler:
             if token != guess or sequence.slot < 0:
                 return
 
-    def _emit(self, sequence: _Sequence, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> None:
+    def _emit(self, sequence: sequence_lib.Sequence, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> None:
         request, answer = sequence.stream.request, sequence.answer
         if not math.isfinite(logprob):
             raise FloatingPointError(f"the model's logits are not finite at token {len(sequence.prompt) + sequence.produced}")
@@ -461,18 +452,19 @@ class Scheduler:
             piece += answer.flush()
         self._finish(sequence, request_lib.Event(token, piece, logprob, top, finish))
 
-    def _finish(self, sequence: _Sequence, event: request_lib.Event) -> None:
+    def _finish(self, sequence: sequence_lib.Sequence, event: request_lib.Event) -> None:
         assert event.finish_reason is not None
         self._counts[event.finish_reason] += 1
+        self._keep_answer(sequence)
         self._release(sequence)
         sequence.stream.give(event)
 
-    def _fail(self, sequence: _Sequence, error: Exception) -> None:
+    def _fail(self, sequence: sequence_lib.Sequence, error: Exception) -> None:
         self._counts["error"] += 1
         self._release(sequence)
         sequence.stream.give(error)
 
-    def _release(self, sequence: _Sequence) -> None:
+    def _release(self, sequence: sequence_lib.Sequence) -> None:
         """Takes slot and pages back. What they hold is never read again: a sequence's length decides what is."""
         if sequence.slot < 0:
             return
@@ -480,9 +472,9 @@ class Scheduler:
             self._order.remove(sequence)
         self._slots[sequence.slot] = None
         self._pages.release(sequence.slot)
-        sequence.slot, sequence.reuse = -1, None
+        sequence.slot, sequence.reuse, sequence.state = -1, None, None
 
-    def _guarded(self, concerned: list[_Sequence], call: Callable[[], None]) -> None:
+    def _guarded(self, concerned: list[sequence_lib.Sequence], call: Callable[[], None]) -> None:
         """Runs a call of the model; if it fails, so do the sequences concerned, and all others whose cache it took."""
         try:
             call()
