@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import contextlib
+import gzip
 import io
 import itertools
 import json
@@ -253,6 +254,21 @@ def test_clients_that_leave_free_their_slots(server, client):
     assert chat(client).choices[0].finish_reason == "length"
 
 
+def test_a_client_that_leaves_before_its_body_is_whole_is_no_error_of_the_server(server):
+    gone = 'v4train_http_responses_total{path="/v1/completions",status="499"}'
+    with contextlib.closing(server.connection()) as connection:
+        connection.putrequest("POST", "/v1/completions")
+        for name, value in (("Content-Type", "application/json"), ("Authorization", f"Bearer {server.key}"), ("Content-Length", "1000")):
+            connection.putheader(name, value)
+        connection.endheaders(b'{"model": ')
+        time.sleep(0.1)
+    end = time.monotonic() + 20
+    while gone not in server.ask("GET", "/metrics")[2].decode():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert not any("Traceback" in line for line in server.said)
+
+
 def test_a_full_queue_refuses_and_says_when_to_come_back(server, client):
     with contextlib.ExitStack() as stack:
         streams = [chat(client, max_tokens=200, stream=True) for _ in range(4)]
@@ -352,6 +368,9 @@ def test_other_methods_types_and_endless_bodies(server):
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         status, _, body = server.ask("POST", "/v1/completions", json.dumps(BODY).encode(), Content_Type=kind)
         assert (status, process.error(body)["code"]) == (415, "unsupported_media_type")
+    status, _, body = server.ask("POST", "/v1/completions", gzip.compress(json.dumps(BODY).encode()), Content_Encoding="gzip")
+    assert (status, process.error(body)["message"]) == (415, "send the body as it is, not with Content-Encoding: gzip")
+    assert server.ask("POST", "/v1/completions", json.dumps(BODY).encode(), Content_Encoding="identity")[0] == 200
     chunks = (b"x" * 10_000 for _ in range(1000))
     with contextlib.closing(server.connection()) as connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {server.key}"}

@@ -97,6 +97,10 @@ class Application:
     async def _asked(self, request: requests.Request, cls: type[Any]) -> Any:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise failure.RequestError(415, "send the request as JSON, with Content-Type: application/json", None, "unsupported_media_type")
+        if (encoding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+            raise failure.RequestError(
+                415, f"send the body as it is, not with Content-Encoding: {encoding}", None, "unsupported_media_type"
+            )
         asked = protocol.parse(await self._body(request), cls=cls)
         self._check_model(asked.model)
         return asked
@@ -113,6 +117,8 @@ class Application:
                         break
         except TimeoutError:
             raise failure.RequestError(408, "the body did not arrive in time", None, "timeout", headers={"Connection": "close"}) from None
+        except requests.ClientDisconnect:
+            raise failure.RequestError(_GONE, "the client went away before the whole body was here") from None
         if size > limit:
             message = f"the body is larger than {limit} bytes, which is as much as this server takes"
             raise failure.RequestError(413, message, None, "body_too_large", headers={"Connection": "close"})
