@@ -72,16 +72,25 @@ def test_a_filled_cache_goes_on_like_one_that_was_read(loaded, mode):
 
 def test_speed_reports_every_mode(loaded):
     result = speed.measure(
-        loaded.model, lengths=(256,), step_lengths=(256,), growth_lengths=(256, 512), batch=2, rounds=1, say=lambda _: None
+        loaded.model, lengths=(256,), step_lengths=(256,), growth_lengths=(256, 512), batches=(2, 3), rounds=1, say=lambda _: None
     )
     (row,) = result["attention"]
     assert set(row["modes"]) == set(filled.MODES)
     assert [("scan" in row["modes"][mode]) for mode in filled.MODES] == [False, False, True, True]
-    assert [step["sequences"] for step in result["steps"]] == [2, 1]
-    assert (result["steps"][1]["growth"]["from"], result["steps"][1]["growth"]["to"]) == (256, 512)
+    assert [step["sequences"] for step in result["steps"]] == [2, 3, 1]
+    assert (result["steps"][2]["growth"]["from"], result["steps"][2]["growth"]["to"]) == (256, 512)
+    assert all(row["speedup_cpu"] > 0 for row in (row, *result["steps"][0]["rows"]))
     assert all(set(row["cpu"]) == set(row["modes"]) for step in result["steps"] for row in step["rows"])
     assert "fp8 vs dense bf16" in report.speed(result)
     assert "in seconds of a core" in report.speed(result)
+
+
+def test_small_widths_leave_attention_as_it_is():
+    true, small = (filled.model(widths=widths) for widths in ("true", "small"))
+    assert small.hidden < true.hidden
+    changed = {"query_rank": true.attention.query_rank, "output_rank": true.attention.output_rank}
+    assert small.attention.model_copy(update=changed) == true.attention
+    assert (small.kinds, small.layers) == (true.kinds, true.layers)
 
 
 def test_latency_has_every_tier(loaded, monkeypatch):

@@ -52,6 +52,16 @@ def test_fp8_is_what_plain_arithmetic_gives(as_format, kept, block):
         np.testing.assert_array_equal(np.asarray(back).astype(np.float64), expected)
 
 
+def test_every_byte_is_read_as_the_e4m3_it_is():
+    """Subnormal numbers, both zeros and what is not a number included."""
+    codes = np.arange(256, dtype=np.uint8)
+    stored = {"data": np.broadcast_to(codes[:, None], (256, 128)), "scale": np.full((256, 1), 127 + 3, np.uint8)}
+    back = np.asarray(jax.jit(lambda s: KEY.decode(s, dtype=jnp.float32))(stored))
+    expected = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)[:, None] * np.full(128, 8, np.float32)
+    np.testing.assert_array_equal(back, expected)
+    np.testing.assert_array_equal(np.signbit(back), np.signbit(expected))
+
+
 def test_scales_at_and_beside_powers_of_two():
     """A logarithm, or a multiplication with 1 / 448, goes wrong here."""
     exact = 448.0 * 2.0 ** np.arange(-10, 11)

@@ -30,7 +30,13 @@ def configure(choices: Any) -> None:
     )
     speed.add_argument("--step-lengths", metavar="N,N", default="32768,131072", help="for steps of a batch (default: %(default)s)")
     speed.add_argument("--growth-lengths", metavar="N,N", default="4096,131072,1048576", help="for one sequence (default: %(default)s)")
-    speed.add_argument("--batch", type=int, default=16, metavar="N", help="sequences of a step (default: 16)")
+    speed.add_argument("--batch", metavar="N,N", default="16", help="sequences of a step (default: %(default)s)")
+    speed.add_argument(
+        "--widths",
+        choices=("true", "small"),
+        default="true",
+        help="small: heads, index, top-k and window stay V4-Flash's, the hidden width and ranks are small (default: %(default)s)",
+    )
     speed.add_argument("--rounds", type=int, default=9, metavar="N", help="turns; medians are printed (default: 9)")
     speed.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="change the model; may be repeated")
     latency = kinds.add_parser(
@@ -88,7 +94,8 @@ def _memory(args: argparse.Namespace) -> dict[str, Any]:
 def _speed(args: argparse.Namespace) -> dict[str, Any]:
     filled, speed = (importlib.import_module(f"v4train.bench.decode.{name}") for name in ("filled", "speed"))
     lengths = {name: _lengths(getattr(args, name)) for name in ("lengths", "step_lengths", "growth_lengths")}
-    return speed.measure(filled.model(overrides=args.overrides), **lengths, batch=args.batch, rounds=args.rounds, say=_say)
+    model = filled.model(widths=args.widths, overrides=args.overrides)
+    return speed.measure(model, **lengths, batches=_lengths(args.batch), rounds=args.rounds, say=_say)
 
 
 def _latency(args: argparse.Namespace) -> dict[str, Any]:

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from v4train.decode import fetch, formats
-from v4train.ops import select, sparse_attention
+from v4train.ops import select
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 _PRODUCTS = 2**20  # of queries and keys, at a time
@@ -239,6 +239,8 @@ def _window(query: Array, item: Item, sink: Array) -> _Softmax:
 
 def _absorb(state: _Softmax, query: Array, values: Array, seen: Bool[Array, "c n"], each: str) -> _Softmax:
     """Takes more entries into the softmax. ``each`` is ``nk`` or, if every query has its own, ``cnk``."""
+    if each == "cnk" and values.shape[0] == 1:
+        values, each = values[0], "nk"  # an axis of the batch has the values written down transposed
     raw = jnp.einsum(f"chk,{each}->chn", query, values, preferred_element_type=jnp.float32)
     raw = jnp.where(seen[:, None], raw, -jnp.inf)
     top = jnp.maximum(state.top, raw.max(axis=-1))
@@ -280,7 +282,7 @@ def select_entries(item: Item, index: Index, visible: Int[Array, "c"], *, more: 
         def score(i: Array, scores: Array) -> Array:
             number = j * together + i
             keys = walk.read(number, dtype=query.dtype)
-            one = sparse_attention.index_scores(query[None], weight[None], keys[None])[0]
+            one = _index_scores(query, weight, keys)
             one = jnp.where(walk.numbers(number)[None] < visible[:, None], one, _LOWEST)
             return jax.lax.dynamic_update_slice_in_dim(scores, one, i * walk.block, 1, allow_negative_indices=False)
 
@@ -290,6 +292,13 @@ def select_entries(item: Item, index: Index, visible: Int[Array, "c"], *, more: 
 
     nothing = jnp.full((queries, top_k), _LOWEST, jnp.float32), jnp.zeros((queries, top_k), jnp.int32)
     return jax.lax.fori_loop(0, (turns + together - 1) // together, merge, nothing)
+
+
+def _index_scores(query: Float[Array, "c i j"], weight: Float[Array, "c i"], keys: Float[Array, "n j"]) -> Float[Array, "c n"]:
+    """As `ops.sparse_attention.index_scores`, without an axis of the batch, for which XLA's CPU backend writes the keys down transposed:
+    that took longer than the product."""
+    products = jnp.einsum("cij,nj->cin", query, keys, preferred_element_type=jnp.float32)
+    return jnp.einsum("ci,cin->cn", weight.astype(jnp.float32), jax.nn.relu(products))
 
 
 def _window_of_scores() -> int:

@@ -39,6 +39,12 @@ _CUT = (
     "model.vocab_size=6016",
     "model.mtp=null",
 )
+WIDTHS: dict[str, tuple[str, ...]] = {
+    "true": (),
+    "small": ("model.hidden=512", "model.attention.query_rank=128", "model.attention.output_rank=64", "model.moe.ffn=256"),
+}
+"""Overrides of the recipe. Heads, index heads, top-k, window and ratios are V4-Flash's in both; small: what attention does not see is an
+eighth or a sixteenth, so that a step is mostly attention, as in V4-Flash when a batch is large enough to share the weights."""
 _PATTERN = 4096  # random entries that repeat through a pool
 
 MODES: dict[str, dict[str, str]] = {
@@ -50,10 +56,11 @@ MODES: dict[str, dict[str, str]] = {
 """What is compared: settings of `DecodeConfig`."""
 
 
-def model(path: str = RECIPE, *, whole: bool = False, overrides: Sequence[str] = ()) -> model_config.ModelConfig:
-    """The recipe's model with sparse attention; cut to a CSA and an HCA layer unless it is wanted whole, then changed by ``overrides``."""
+def model(path: str = RECIPE, *, whole: bool = False, widths: str = "true", overrides: Sequence[str] = ()) -> model_config.ModelConfig:
+    """The recipe's model with sparse attention; cut to a CSA and an HCA layer unless it is wanted whole, then changed to ``widths`` and by
+    ``overrides``."""
     cut = ("model.kinds.1.phase=sparse", "model.mtp=null") if whole else _CUT
-    return recipe_lib.resolve(path, overrides=(*cut, *overrides)).config.model
+    return recipe_lib.resolve(path, overrides=(*cut, *WIDTHS[widths], *overrides)).config.model
 
 
 def config(mode: str, *, length: int, slots: int = 1, **settings: Any) -> decode_config.DecodeConfig:

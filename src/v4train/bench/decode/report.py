@@ -24,22 +24,24 @@ def speed(result: dict[str, Any]) -> str:
     lines = []
     if result["attention"]:
         modes = list(result["attention"][0]["modes"])
-        lines.append("attention of one CSA layer, one token, ms (of which the scan of the index)")
+        lines.append("attention of one CSA layer, one token, ms of a core (of which the scan of the index)")
         lines.append(f"{'tokens':>10}" + "".join(f"{mode:>20}" for mode in modes) + f"{'fp8 vs dense bf16':>20}")
         for row in result["attention"]:
             cells = []
             for mode in modes:
                 one = row["modes"][mode]
-                scan = f" ({one['scan']:.1f})" if "scan" in one else ""
-                cells.append(f"{one['attention']:.1f}{scan}")
-            lines.append(f"{row['length']:>10,}" + "".join(f"{cell:>20}" for cell in cells) + f"{row['speedup']:>19.2f}x")
+                scan = f" ({one['scan_cpu']:.1f})" if "scan_cpu" in one else ""
+                cells.append(f"{one['attention_cpu']:.1f}{scan}")
+            by_core, by_clock = f"{row['speedup_cpu']:.2f}x", f"{row['speedup']:.2f}x by the clock"
+            lines.append(f"{row['length']:>10,}" + "".join(f"{cell:>20}" for cell in cells) + f"{by_core:>20} ({by_clock})")
     for step in result["steps"]:
         modes = list(step["rows"][0]["modes"])
         lines.append(f"whole decode step of {step['sequences']} sequence(s), ms (of a core)")
         lines.append(f"{'tokens':>10}" + "".join(f"{mode:>20}" for mode in modes))
         for row in step["rows"]:
             cells = (f"{row['modes'][mode]:,.1f} ({row['cpu'][mode]:,.1f})" for mode in modes)
-            lines.append(f"{row['length']:>10,}" + "".join(f"{cell:>20}" for cell in cells))
+            faster = f"{row['speedup']:.2f}x ({row['speedup_cpu']:.2f}x)" if "speedup" in row else ""
+            lines.append(f"{row['length']:>10,}" + "".join(f"{cell:>20}" for cell in cells) + f"{faster:>20}")
         growth = step["growth"]
         if growth is not None:
             lines.append(

@@ -69,7 +69,8 @@ def medians(calls: dict[str, Callable[[], Any]], *, rounds: int) -> dict[str, fl
 
 
 def attention_path(model: model_config.ModelConfig, *, length: int, modes: Iterable[str], rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of one layer's attention for one token, by mode: ``attention``, and where there is a selection ``scan``."""
+    """Milliseconds of one layer's attention for one token, by mode: ``attention``, and where there is a selection ``scan``; ``_cpu``: of a
+    core."""
     a, rng = model.attention, np.random.default_rng(2)
     run, place, kind = csa_layer(model)
 
@@ -106,11 +107,12 @@ def attention_path(model: model_config.ModelConfig, *, length: int, modes: Itera
         whole[mode] = functools.partial(jax.jit(attend), query, keys, entries, keys_of_index, pages)
         if keys_of_index is not None:
             scan[mode] = functools.partial(jax.jit(select), index_query, index_weight, keys_of_index, pages)
-    wholes, scans = medians(whole, rounds=rounds), times(scan, rounds=rounds)
-    return {
-        mode: {"attention": wholes[mode]} | ({"scan": scans.wall[mode], "scan_cpu": scans.cpu[mode]} if mode in scan else {})
-        for mode in wholes
-    }
+    found: dict[str, dict[str, float]] = {mode: {} for mode in whole}
+    for name, each in (("attention", times(whole, rounds=rounds)), ("scan", times(scan, rounds=rounds))):
+        for end, clock in (("", each.wall), ("_cpu", each.cpu)):
+            for mode, value in clock.items():
+                found[mode][name + end] = value
+    return found
 
 
 class Stepper:
@@ -155,7 +157,7 @@ def measure(
     lengths: Sequence[int],
     step_lengths: Sequence[int],
     growth_lengths: Sequence[int],
-    batch: int,
+    batches: Sequence[int],
     rounds: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -164,9 +166,9 @@ def measure(
     Args:
         model: with true layers, few of them.
         lengths: at which attention alone is measured, in all modes.
-        step_lengths: at which a whole step of ``batch`` sequences is, sparse fp8 and dense bf16.
+        step_lengths: at which a whole step of each number of sequences in ``batches`` is, sparse fp8 and dense bf16.
         growth_lengths: at which a step of one sequence is, sparse fp8.
-        batch: sequences.
+        batches: numbers of sequences.
         rounds: turns whose median counts.
         say: is told what goes on.
     """
@@ -174,22 +176,42 @@ def measure(
     for length in lengths:
         say(f"attention at {length:,} tokens")
         modes = attention_path(model, length=length, modes=filled.MODES, rounds=rounds)
-        paths.append({"length": length, "modes": modes, "speedup": modes["dense-bf16"]["attention"] / modes["sparse-fp8"]["attention"]})
+        faster = {f"speedup{end}": modes["dense-bf16"][f"attention{end}"] / modes["sparse-fp8"][f"attention{end}"] for end in ("", "_cpu")}
+        paths.append({"length": length, "modes": modes} | faster)
     say("drawing weights")
     params = filled.parameters(model) if step_lengths or growth_lengths else {}
     steps = []
-    if step_lengths:
+    for batch in batches if step_lengths else ():
         rows = []
         for length in step_lengths:
             say(f"step of {batch} sequences at {length:,} tokens")
-            rows.append({"length": length} | step(model, params, lengths=(length,), modes=_PAIR, slots=batch, rounds=rounds)[length])
+            found = step(model, params, lengths=(length,), modes=_PAIR, slots=batch, rounds=rounds)[length]
+            faster = {f"speedup{end}": found[clock][_PAIR[0]] / found[clock][_PAIR[1]] for clock, end in (("modes", ""), ("cpu", "_cpu"))}
+            rows.append({"length": length} | found | faster)
         steps.append({"sequences": batch, "rows": rows, "growth": None})
     if growth_lengths:
         say("step of 1 sequence at " + ", ".join(f"{length:,}" for length in growth_lengths) + " tokens")
         found = step(model, params, lengths=growth_lengths, modes=("sparse-fp8",), slots=1, rounds=rounds)
         rows = [{"length": length} | clocks for length, clocks in found.items()]
         steps.append({"sequences": 1, "rows": rows, "growth": _growth(model, found, rounds=rounds)})
-    return {"attention": paths, "steps": steps}
+    return {"model": _sizes(model), "attention": paths, "steps": steps}
+
+
+def _sizes(model: model_config.ModelConfig) -> dict[str, int]:
+    a, (_, _, kind) = model.attention, csa_layer(model)
+    return {
+        "hidden": model.hidden,
+        "heads": a.heads,
+        "head_dim": a.head_dim,
+        "query_rank": a.query_rank,
+        "output_rank": a.output_rank,
+        "window": a.window,
+        "index_heads": kind.index_heads,
+        "index_head_dim": kind.index_head_dim,
+        "top_k": kind.top_k,
+        "experts": model.moe.experts,
+        "ffn": model.moe.ffn,
+    }
 
 
 def _growth(model: model_config.ModelConfig, found: dict[int, dict[str, dict[str, float]]], *, rounds: int) -> dict[str, Any]:
