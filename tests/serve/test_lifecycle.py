@@ -83,7 +83,7 @@ def test_a_second_signal_does_not_wait(checkpoint):
 @pytest.mark.slow
 def test_kill_9_and_restart_with_the_cache_on_disk(checkpoint, tmp_path):
     """Answers are those of a server that knows nothing, and prompts are taken up where the killed one left them."""
-    flags = ("--slots", "2", "--chunk", "128", "--max-length", "2048", "--cache", "fp32", "--compute", "float32")
+    flags = ("--slots", "2", "--chunk", "32", "--max-length", "2048", "--cache", "fp32", "--compute", "float32")
     disk = ("--disk-cache", str(tmp_path / "blocks"), "--host-cache", "64MiB", "--hot-entries", "64")
 
     def ask(client, number: int):
