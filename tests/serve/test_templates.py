@@ -171,6 +171,15 @@ def test_a_byte_tokenizer_can_have_a_template_too():
     assert ids(pieces, BYTES) == [BYTES.bos, *b"<eos>", BYTES.eos]
 
 
+@pytest.mark.parametrize("answer", [" Hello", "\nHello ", " "])
+def test_without_a_template_an_answer_is_read_as_it_was_written(answer):
+    """What was computed for it can then be taken up."""
+    made = templates.choose(source=None, tokenizer=BYTES)
+    asked, then = (ids(made.render(turns(*said), options={}), BYTES) for said in (("Hi",), ("Hi", answer, "Bye")))
+    assert then[: len(asked) + len(answer)] == [*asked, *answer.encode()]
+    assert made.render([templates.Turn("assistant", ()), *turns("Hi")], options={})
+
+
 def test_without_a_template_there_are_names_in_text():
     made = templates.choose(source=None, tokenizer=BYTES)
     conversation = [templates.Turn("system", ("Be brief.",)), *turns("Hi", "Hello", "Bye")]

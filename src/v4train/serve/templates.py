@@ -115,7 +115,10 @@ class PlainTemplate(Template):
             raise ValueError(f"{', '.join(sorted(options))}: this model has no chat template, and so no options of one")
         pieces: list[Piece] = []
         for turn in turns:
-            name = "" if turn.role == "system" else f"{turn.role.capitalize()}: "
+            # An answer goes on behind "Assistant:", mostly with a space of its own: a conversation must read as it was written.
+            first = next(iter(turn.parts), None)
+            spaced = turn.role == "assistant" and isinstance(first, str) and first[:1].isspace()
+            name = "" if turn.role == "system" else f"{turn.role.capitalize()}:" + " " * (not spaced)
             pieces += [name, *turn.parts, "\n\n"]
         return [self._bos, *_joined([*pieces, "Assistant:"])]
 
