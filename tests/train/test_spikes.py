@@ -84,6 +84,39 @@ def test_another_level_starts_anew():
     assert not judged(detector, [30.0], first=102, level="c")
 
 
+def changed(detector, losses, *, first, level, objective="text"):
+    judge = lambda i, x: detector.judge(first + i, loss=x, gradient=1.0, finite=True, level=level, objective=objective)  # noqa: E731
+    return [spike for i, x in enumerate(losses) if (spike := judge(i, x)) is not None]
+
+
+def test_after_a_change_of_shape_few_steps_are_enough_at_twice_the_width():
+    losses = noisy(40)
+    window = np.asarray(losses[-32:])
+    spread = 1.4826 * float(np.median(np.abs(window - np.median(window)))) / float(np.median(window))
+    for deviations, share in ((6.0, 2 * 0.1), (40.0, 2 * 40 * spread)):  # of the median of the new level, 4
+        for loss, wanted in ((4 * (1 + share) - 1e-6, []), (4 * (1 + share) + 1e-6, [45])):
+            detector = spikes.Detector(config.GuardConfig(window=32, least=8, loss_deviations=deviations))
+            assert not changed(detector, losses, first=1, level="short")
+            assert not changed(detector, [4.0, 4.0, 30.0, 4.0], first=41, level="long"), "no change is a spike by itself"
+            assert [s.step for s in changed(detector, [loss], first=45, level="long")] == wanted
+    spike = detector.judge(46, loss=4.0, gradient=20.1, finite=True, level="long", objective="text")
+    assert (spike.reason, spike.limit) == ("gradient", 20.0)
+    assert not changed(detector, [4.0] * 4, first=47, level="long")
+    assert [s.limit for s in changed(detector, [4.5], first=51, level="long")] == [pytest.approx(4.4)], "8 steps: the usual limits"
+
+
+def test_a_ramp_of_short_phases_is_not_blind_and_another_loss_is():
+    detector = spikes.Detector(CONFIG)
+    changed(detector, noisy(40), first=1, level="0")
+    for phase in range(1, 5):  # of 6 steps each, fewer than `least`
+        assert not changed(detector, noisy(5, seed=phase), first=40 + 6 * phase, level=str(phase))
+        assert [s.step for s in changed(detector, [9.0], first=45 + 6 * phase, level=str(phase))] == [45 + 6 * phase]
+    assert not changed(detector, [0.1] * 7 + [5.0], first=100, level="warmup", objective="indexer")
+    again = spikes.Detector(CONFIG)
+    assert not changed(again, noisy(7), first=1, level="a")
+    assert not changed(again, [*noisy(5), 9.0], first=8, level="b"), "there was no window to carry anything from"
+
+
 def test_a_restored_detector_goes_on_as_if_nothing_had_been():
     losses = noisy(150)
     losses[120] = 5.0

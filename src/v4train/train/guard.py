@@ -48,6 +48,7 @@ class Guard:
         config: config_lib.GuardConfig | None,
         *,
         level: Callable[[int], str] = lambda step: "",
+        objective: Callable[[int], str] = lambda step: "",
         reads: Callable[[int], bool] = lambda step: False,
         sink: record.Sink = lambda _: None,
         say: Callable[[str], None] = lambda _: None,
@@ -56,13 +57,14 @@ class Guard:
         """Args:
         config: what a spike is and how often the run may go back; None: there are no spikes, and what was restored is only kept.
         level: names what the training step with a number, from 0, computes (see `spikes.Detector.judge`).
+        objective: names what its loss is of.
         reads: whether some hook looks at the state after so many steps.
         sink: gets a record of kind ``rollback`` for each, and of kind ``anticipate`` when that begins and ends.
         say: gets a line for people.
         done: told the seconds of a compilation, so that they are not taken for a step's.
         """
         self._guards, self._config = config is not None, config or config_lib.GuardConfig()
-        self._level, self._reads, self._sink, self._say, self._done = level, reads, sink, say, done
+        self._level, self._objective, self._reads, self._sink, self._say, self._done = level, objective, reads, sink, say, done
         self._detector = spikes.Detector(self._config)
         self._snapshots: list[snapshots.Snapshot] = []
         self._in_flight = 0  # steps up to here were started from a state that was given up
@@ -99,7 +101,7 @@ class Guard:
         if not self._guards or step <= self._in_flight:
             return state
         values = {"loss": float(report.loss), "gradient": float(report.grad_norm), "finite": bool(report.finite)}
-        spike = self._detector.judge(step, **values, level=self._level(step - 1))
+        spike = self._detector.judge(step, **values, level=self._level(step - 1), objective=self._objective(step - 1))
         return state if spike is None else self._go_back(spike, state, started)
 
     def anticipates(self, step: int) -> bool:

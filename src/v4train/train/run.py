@@ -208,7 +208,11 @@ def _complaint(bad: quarantine.BadRecords, guard: guard_lib.Guard, directory: pa
 
 def _guard(parts: build.Parts, found: restore.Description | None, **watched: Any) -> guard_lib.Guard:
     """With what it remembers from the process before."""
-    guard = guard_lib.Guard(parts.recipe.train.guard, level=lambda step: repr(tuple(parts.variant_at(step))), **watched)
+    computed = {
+        "level": lambda step: repr(tuple(parts.variant_at(step))),
+        "objective": lambda step: str(parts.variant_at(step).stage.attention),
+    }
+    guard = guard_lib.Guard(parts.recipe.train.guard, **computed, **watched)
     if found is not None and "guard" in found.metadata:
         guard.restore(found.metadata["guard"])
     return guard
