@@ -290,6 +290,11 @@ class ModelConfig(base.Config):
         """Number of layers, without the MTP block."""
         return len(self.layer_kinds)
 
+    @property
+    def warming_up(self) -> bool:
+        """The phase in which only the indexer learns."""
+        return any(isinstance(kind, CompressedSparseConfig) and kind.phase == "warmup" for kind in self.kinds)
+
     def kind(self, name: str) -> WindowConfig | CompressedSparseConfig | HeavilyCompressedConfig:
         """The config of an attention kind."""
         return next((kind for kind in self.kinds if kind.kind == name), WindowConfig())

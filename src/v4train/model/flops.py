@@ -109,10 +109,14 @@ def forward(config: config_lib.ModelConfig, *, length: int) -> Flops:
 def training(config: config_lib.ModelConfig, *, length: int) -> Flops:
     """Of forward and backward pass, per token: three times the forward pass; in the warm-up of the indexer less."""
     once = forward(config, length=length)
-    if not any(isinstance(kind, config_lib.CompressedSparseConfig) and kind.phase == "warmup" for kind in config.kinds):
+    if not config.warming_up:
         return Flops(**{field.name: 3 * getattr(once, field.name) for field in dataclasses.fields(once)})
-    learning = 2.0 * sum(_indexer_matrices(config, config.kind(name)) for name in config.layer_kinds)
-    return dataclasses.replace(once, linear=once.linear + 2 * learning, indexer=3 * once.indexer, head=0.0, mtp=0.0)
+    return dataclasses.replace(once, linear=once.linear + 2 * indexer(config), indexer=3 * once.indexer, head=0.0, mtp=0.0)
+
+
+def indexer(config: config_lib.ModelConfig) -> float:
+    """Of the indexers' matrices in a forward pass, per token, all layers together (they are in ``linear``)."""
+    return 2.0 * sum(_indexer_matrices(config, config.kind(name)) for name in config.layer_kinds)
 
 
 def dense_attention(config: config_lib.ModelConfig, *, length: int) -> float:

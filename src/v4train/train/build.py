@@ -29,7 +29,6 @@ from v4train.model import transformer
 from v4train.optim import optimizer as optimizer_lib
 from v4train.sharding import constrain, rows, rules
 from v4train.sharding import mesh as mesh_lib
-from v4train.train import loss as loss_lib
 from v4train.train import stages as stages_lib
 from v4train.train import state as state_lib
 from v4train.train import step as step_lib
@@ -224,7 +223,7 @@ def optimizer_of(recipe: recipe_lib.Recipe, declarations: dict, *, mesh: jax.sha
         tree.select(declarations, declarations=declarations, keep=lambda d: d.trained),
         total_steps=recipe.train.steps,
         mesh=mesh,
-        trainable=(lambda _, d: "indexer" in d.tags) if loss_lib.warming_up(recipe.model) else None,
+        trainable=(lambda _, d: "indexer" in d.tags) if recipe.model.warming_up else None,
     )
 
 

@@ -96,12 +96,7 @@ def terms(model: transformer.Transformer, params: dict, batch: batch_lib.Batch, 
 def total(sums: Terms, counts: Counts, *, config: model_config.ModelConfig) -> Float[Array, ""]:
     """The scalar whose gradient is taken. With an indexer in warm-up nothing but the indexer learns, so its loss stands alone."""
     indexer = config.indexer_loss * sums.indexer / counts.tokens
-    if warming_up(config):
+    if config.warming_up:
         return indexer
     loss = sums.text.sum() / counts.text + config.moe.balance_loss * sums.balance / counts.tokens + indexer
     return loss if config.mtp is None else loss + config.mtp.loss_weight * sums.mtp / counts.mtp
-
-
-def warming_up(config: model_config.ModelConfig) -> bool:
-    """The phase in which only the indexer learns."""
-    return any(isinstance(kind, model_config.CompressedSparseConfig) and kind.phase == "warmup" for kind in config.kinds)

@@ -83,7 +83,7 @@ class Step:
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         buffers = state.buffers
-        if not loss_lib.warming_up(self.model.config):
+        if not self.model.config.warming_up:
             buffers = transformer.update_router_biases(buffers, sums.loads, speed=bias_speed(self.model.config.moe, state.step))
         skipped = state.skipped
         if self.skip_nonfinite:
@@ -102,14 +102,19 @@ class Step:
     ) -> tuple[Array, loss_lib.Terms, dict, precision.Probes]:
         """Loss, sums, gradients and counts of rounding over all microbatches."""
 
+        warming_up = self.model.config.warming_up
+        counted = {} if warming_up else precision.probes(self.numerics)  # they come out of a backward pass that there is not
+
         def loss(params: dict, probes: precision.Probes, part: batch_lib.Batch, given: dict | None) -> tuple[Array, loss_lib.Terms]:
             whole = tree.merge(params, state.buffers)
+            if warming_up:
+                whole = jax.tree.map(_learning_indexer, self.declarations, whole, is_leaf=param.is_declaration)
             whole = policy.cast_for_compute(whole, declarations=self.declarations, config=self.numerics)
-            with precision.formats(self.numerics, counted=probes):
+            with precision.formats(self.numerics, counted=probes or None):
                 sums = loss_lib.terms(self.model, whole, part, sources=self.sources, given=given)
             return loss_lib.total(sums, counts, config=self.model.config), sums
 
-        gradient = functools.partial(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), state.params, precision.probes(self.numerics))
+        gradient = functools.partial(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), state.params, counted)
         if self.microbatches == 1:
             (value, sums), (grads, probes) = gradient(batch, given)
             return value, sums, grads, probes
@@ -144,6 +149,12 @@ class Step:
         """Rows along ``axis`` -> microbatches first. Row i goes to microbatch i modulo their number, so that rows stay on their device."""
         rows = x.shape[axis] // self.microbatches
         return jnp.moveaxis(x.reshape(*x.shape[:axis], rows, self.microbatches, *x.shape[axis + 1 :]), axis + 1, 0)
+
+
+def _learning_indexer(declaration: param.Declaration, x: Array) -> Array:
+    """The parameter, without a derivative if it is not the indexer's. Its gradient is zero either way; but a scan over layers computes that
+    zero by a backward pass through all of them, and sends it around the mesh."""
+    return x if "indexer" in declaration.tags else jax.lax.stop_gradient(x)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
