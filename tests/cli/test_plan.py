@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from v4train.cli import main
-from v4train.plan import search
+from tests.plan import test_stages
+from v4train.cli import main, plan_text
+from v4train.plan import estimate, machine, search
 
 
 def run(capsys, *words: str) -> tuple[int, str, str]:
@@ -100,3 +101,21 @@ def test_mistakes_are_named_with_a_remedy(capsys, words, complaint):
     code, out, err = run(capsys, "configs/v4_1t.yaml", *words)
     assert (code, out) == (2, "")
     assert re.search(complaint, " ".join(err.split())), err
+
+
+def test_a_run_of_several_parts_begins_with_a_table_of_them_and_ends_with_what_was_assumed(capsys):
+    recipe = test_stages.course()
+    recipe = recipe.model_copy(update={"numerics": recipe.numerics.model_copy(update={"compute": "bfloat16", "experts": "fp8"})})
+    plan = estimate.estimate(recipe, on=machine.parse("H100x8"))
+    plan_text.show(plan, remedy=None)
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.partition("The course of the run")[2].partition("Memory")[0].splitlines()]
+    assert [row[:4] for row in rows if len(row) == 9 and row[0] == "16"] == [
+        ["16", "256", "dense", "4"],
+        ["16", "512", "warmup", "2"],
+        ["16", "512", "sparse", "3"],
+    ]
+    days = sum(phase.steps * phase.timing.step for phase in plan.phases) / 86_400
+    assert plan.bill.days == pytest.approx(days)
+    assert ["9", "57.34K", f"{days:,.1f}"] in rows
+    assert "Low precision: routed experts in FP8 by kernels that were never run" in out

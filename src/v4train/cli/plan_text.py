@@ -9,7 +9,7 @@ import rich.text
 
 from v4train import recipe as recipe_lib
 from v4train.model import flops
-from v4train.plan import comms, cost, estimate, machine, memory, report, search, timing
+from v4train.plan import comms, cost, estimate, low_precision, machine, memory, report, search, timing
 
 _WIDTH = 100
 _BAR = 24
@@ -21,6 +21,9 @@ def show(plan: estimate.Estimate, *, remedy: search.Change | None) -> None:
     console.print(rich.text.Text(f"{plan.recipe.name} on {plan.on.label}", style="bold"), f"· mesh {axes(plan.recipe.mesh.sizes)}")
     console.print()
     console.print(_parameters(plan))
+    if len(plan.phases) > 1:
+        console.print()
+        console.print(_course(plan))
     for phase in plan.phases:
         console.print(rich.text.Text(f"\n{_heading(plan, phase)}", style="bold"))
         for table in (_memory(plan, phase), _flops(plan, phase), _transfers(plan, phase), _time(plan, phase)):
@@ -96,6 +99,26 @@ def _parameters(plan: estimate.Estimate) -> rich.table.Table:
     table.add_row("active per token", _short(counted.active), f"{counted.active / counted.total:.1%}", "")
     if counted.mtp:
         table.add_row("MTP block, apart", _short(counted.mtp), "", _short(plan.stored_by_kind["mtp"]))
+    return table
+
+
+def _course(plan: estimate.Estimate) -> rich.table.Table:
+    """The parts of a run that has several, in the order in which it first has them."""
+    table = _table("The course of the run, each part below", "rows", "length")
+    table.add_column("attention")
+    for name in ("steps", "tokens", "GB/device", "s/step", "MFU", "days"):
+        table.add_column(name, justify="right")
+    share = plan.bill.tokens / sum(phase.steps * phase.shape.places for phase in plan.phases)
+    days = [share * phase.steps * phase.timing.step / 86_400 for phase in plan.phases]
+    for phase, took in zip(plan.phases, days, strict=True):
+        held = phase.memory.total
+        figures = [f"{held / 1e9:.1f}", _seconds(phase.timing.step), f"{phase.timing.mfu:.1%}", f"{took:,.1f}"]
+        shape = [f"{phase.shape.rows:,}", f"{phase.shape.sequence_length:,}", phase.attention or ""]
+        style = None if held <= plan.on.usable_bytes else "red"
+        table.add_row(*shape, f"{phase.steps:,}", _short(share * phase.steps * phase.shape.places), *figures, style=style)
+    table.add_section()
+    whole = [f"{sum(phase.steps for phase in plan.phases):,}", _short(plan.bill.tokens), "", "", "", f"{sum(days):,.1f}"]
+    table.add_row("", "", "", *whole, style="bold")
     return table
 
 
@@ -205,6 +228,8 @@ def _verdict(plan: estimate.Estimate, remedy: search.Change | None, console: ric
             style="dim",
         )
     )
+    if low := low_precision.words(plan.recipe, on=plan.on, platform=estimate.platform_of(plan.on), share=a.fp8):
+        console.print(rich.text.Text(low, style="dim"))
     if plan.fits:
         return
     worst = plan.worst.memory

@@ -129,6 +129,12 @@ CHIPS: dict[str, Chip] = {
 """Words in `jax.Device.device_kind` -> peaks."""
 
 
+_HOPPER_AND_LATER = frozenset(
+    {
+        *("H20", "H100", "H100 PCIe", "H100 NVL", "H800", "H200", "H200 NVL", "GH200", "GH200 144G"),
+        *("B200", "GB200", "B300", "GB300"),
+    }
+)
 _TWO_CORES = ("TPU v2", "TPU v3", "TPU7", "TPU7x")
 
 
@@ -155,6 +161,11 @@ def named(name: str) -> tuple[str, Chip]:
 def devices_per_chip(key: str) -> int:
     """How many JAX devices a chip of this row is."""
     return 2 if key in _TWO_CORES else 1
+
+
+def multiplies_codes(key: str) -> bool:
+    """Whether kernels for FP8 codes (`ops.kernels.fp8_matmul_triton`) are for chips of this row: NVIDIA's Hopper and later."""
+    return key in _HOPPER_AND_LATER
 
 
 def chip(device_kind: str) -> Chip | None:

@@ -10,10 +10,12 @@ on the mesh and on the platform's transport: the buffers of routed experts (`exc
 weights that the layer gathers (`memory`).
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import sys
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from v4train.model import context as context_lib
 from v4train.model import hyper_connections, moe, router, stack
 from v4train.numerics import config as numerics_config
 from v4train.numerics import policy
+from v4train.ops import products, select
 
 _COSTLY = {
     "dot_general",
@@ -109,7 +112,8 @@ def _saved(
         return stack.remember(param.bind(layer, params), policy=remat)(streams, context_lib.make(inputs, config=config))
 
     def kept(params: dict, streams: jax.Array, inputs: context_lib.Inputs):
-        return jax.vjp(lambda p, x: run(p, x, inputs)[0], params, streams)[1]
+        with _formats(place.compute):
+            return jax.vjp(lambda p, x: run(p, x, inputs)[0], params, streams)[1]
 
     return residual_bytes(kept, _weights(layer, place=place), streams, place.inputs(), own=1, fused=fused)
 
@@ -131,9 +135,21 @@ def _experts(model: str, place: Place, fused: bool) -> int:
         def output(params: dict, x: jax.Array, weights: jax.Array):
             return param.bind(experts, params)(x, routing._replace(weights=weights))
 
-        return jax.vjp(output, params, x, routing.weights)[1]
+        with _formats(place.compute):
+            return jax.vjp(output, params, x, routing.weights)[1]
 
     return residual_bytes(kept, _weights(experts, place=place), x, routing, own=3, fused=fused)
+
+
+@contextlib.contextmanager
+def _formats(config: numerics_config.NumericsConfig) -> Iterator[None]:
+    """What is traced inside has the products of the recipe, emulated."""
+    with contextlib.ExitStack() as entered:
+        for role in ("linear", "experts"):
+            if getattr(config, role) != "compute":
+                entered.enter_context(select.using(f"{role}_product", implementation=products.Fp8(None)))
+        entered.enter_context(select.using("fp8_experts", implementation="emulated"))
+        yield
 
 
 def of_media(config: model_config.ModelConfig, *, patches: int, frames: int, place: Place) -> int:

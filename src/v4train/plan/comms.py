@@ -4,7 +4,7 @@ Bytes are those which one device must send at least, as `collectives` counts the
 of g an all-gather sends n (g-1), a reduce-scatter and an all-to-all n (g-1)/g, an all-reduce twice that, a permutation n. Per microbatch:
 
 * a parameter is gathered from where it is stored to where it is used, once forward and once more if its layer is computed again; its
-  gradient is scattered the same way back, and summed over the data-parallel axes that do not store it (`replica`);
+  gradient, if it moves, is scattered the same way back, and summed over the data-parallel axes that do not store it (`replica`);
 * routed tokens travel to their experts and back (`exchange`);
 * with `context`, a layer sends its left neighbour's window and tokens of straddling blocks, and gathers compressed entries and index keys
   only; with `tensor` it sums its output projections.
@@ -95,7 +95,7 @@ def _live(axes: Iterable[str], sizes: Mapping[str, int]) -> tuple[str, ...]:
 def _parameters(recipe: recipe_lib.Recipe, placed: list[weights.Weight], place: activations.Place, platform: str) -> list[Transfer]:
     sizes, micro, width = recipe.mesh.sizes, recipe.train.microbatches, place.dtype.itemsize
     again, heads = 0 if recipe.model.remat == "none" else 1, 2 if recipe.model.mtp else 1
-    found = []
+    found, moving = [], {w.path for w in weights.moving(placed, recipe.model)}
     for w in placed:
         if not w.declaration.trained:
             continue
@@ -103,10 +103,14 @@ def _parameters(recipe: recipe_lib.Recipe, placed: list[weights.Weight], place: 
         over = _live(w.gathered_over, sizes)
         parts = weights.size(over, sizes)
         if "looked_up" in w.declaration.tags:
-            found += _looked_up(recipe, w, place)
+            found += _looked_up(recipe, w, place, moves=w.path in moving)
             continue
-        passes = 1 + again * w.path.startswith(("stack/", "mtp/block/")) if w.path != "head" else 2 * heads - 1 + (heads == 1)
+        passes = 1 + again * w.path.startswith(("stack/", "mtp/block/"))
+        if w.path == "head":
+            passes = heads if recipe.model.warming_up else 2 * heads - 1 + (heads == 1)
         found.append(Transfer("gather", "all-gather", over, micro * passes * each * w.used * (parts - 1) / parts))
+        if w.path not in moving:
+            continue
         summed = _live((name for name in _DATA if not w.routed or name != "expert"), sizes)
         scattered, copied = _live((n for n in over if n in summed), sizes), _live((n for n in summed if n not in over), sizes)
         explicit = w.routed or w.path == "head"
@@ -121,7 +125,7 @@ def _parameters(recipe: recipe_lib.Recipe, placed: list[weights.Weight], place: 
     return [one for one in found if one.axes]
 
 
-def _looked_up(recipe: recipe_lib.Recipe, w: weights.Weight, place: activations.Place) -> list[Transfer]:
+def _looked_up(recipe: recipe_lib.Recipe, w: weights.Weight, place: activations.Place, *, moves: bool) -> list[Transfer]:
     """The token table stays where it is: ids go to its parts, and columns of the tokens come back (`ops.lookup`)."""
     sizes = recipe.mesh.sizes
     others, copied = _live((n for n in w.gathered_over if n in _DATA), sizes), _live((n for n in _DATA if n in w.copied_over), sizes)
@@ -129,8 +133,8 @@ def _looked_up(recipe: recipe_lib.Recipe, w: weights.Weight, place: activations.
     row = recipe.model.hidden * place.dtype.itemsize
     return [
         Transfer("gather", "all-gather", others, micro * place.count * 4 * (k - 1)),
-        Transfer("gather", "all-to-all", others, micro * 2 * place.count * row * (k - 1) / k),
-        Transfer("scatter", "all-reduce", copied, micro * 2 * place.dtype.itemsize * w.stored * (r - 1) / r),
+        Transfer("gather", "all-to-all", others, micro * (1 + moves) * place.count * row * (k - 1) / k),
+        Transfer("scatter", "all-reduce", copied, moves * micro * 2 * place.dtype.itemsize * w.stored * (r - 1) / r),
     ]
 
 
@@ -151,23 +155,23 @@ def _context(recipe: recipe_lib.Recipe, shape: phases.Shape, place: activations.
     if c == 1:
         return []
     model, a, width, rows = recipe.model, recipe.model.attention, place.dtype.itemsize, place.rows
-    forward = 1 if model.remat == "none" else 2
+    forward, backward = 1 if model.remat == "none" else 2, not model.warming_up
     permuted, gathered, scattered = 0.0, 0.0, 0.0
     for name in _layers(recipe):
         kind = model.kind(name)
-        permuted += rows * (a.window - 1) * a.head_dim * width * (forward + 1)
+        permuted += rows * (a.window - 1) * a.head_dim * width * (forward + backward)
         if not kind.ratio or kind.ratio > shape.sequence_length:
             continue
         overlap = isinstance(kind, model_config.CompressedSparseConfig)
         indexed = kind.index_head_dim if isinstance(kind, model_config.CompressedSparseConfig) and kind.phase != "dense" else 0
         entries = math.ceil(place.tokens / kind.ratio)
-        for size in filter(None, (a.head_dim, indexed)):
+        for size, learns in ((a.head_dim, backward), (indexed, True)):
             gathered += rows * entries * size * width * (c - 1) * forward
-            scattered += rows * entries * size * 4 * (c - 1)
+            scattered += learns * rows * entries * size * 4 * (c - 1)
             halo = (2 * kind.ratio - 1 if overlap else kind.ratio - 1) * size * (2 if overlap else 1)
-            permuted += rows * halo * (width + 4) * (forward + 1)
+            permuted += rows * halo * (width + 4) * (forward + learns)
     if model.mtp:
-        permuted += rows * model.hidden * width * 2
+        permuted += rows * model.hidden * width * (1 + backward)
     axes, micro = _live(("context",), recipe.mesh.sizes), recipe.train.microbatches
     return [
         Transfer("context", "permute", axes, micro * permuted),
@@ -178,7 +182,8 @@ def _context(recipe: recipe_lib.Recipe, shape: phases.Shape, place: activations.
 
 def _tensor(recipe: recipe_lib.Recipe, shape: phases.Shape, place: activations.Place) -> list[Transfer]:
     """Sums of partial results: of three projections a layer forward (attention's output, shared and routed experts) and of the gradients of
-    what all heads and all parts of an expert read: streams, latents, raw keys, entries and what they and the indexer are made of."""
+    what all heads and all parts of an expert read: streams, latents, raw keys, entries and what they and the indexer are made of. In the
+    indexer's warm-up, which has hardly any of the latter, this is too much."""
     t = recipe.mesh.tensor
     if t == 1:
         return []
@@ -208,7 +213,7 @@ def _optimizer(recipe: recipe_lib.Recipe, placed: list[weights.Weight]) -> list[
         return []
     sizes, width = recipe.mesh.sizes, recipe.optimizer.muon.element_bytes
     found = []
-    for stack in weights.stacks(placed, sizes=sizes):
+    for stack in weights.stacks(weights.moving(placed, recipe.model), sizes=sizes):
         for axes in filter(None, (stack.rows, stack.columns)):
             k = weights.size(axes, sizes)
             found.append(Transfer("optimizer", "all-to-all", _live(axes, sizes), 2 * width * stack.dealt * (k - 1) / k))

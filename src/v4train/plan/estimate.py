@@ -12,7 +12,7 @@ from v4train.data import phases
 from v4train.model import config as model_config
 from v4train.model import count, transformer
 from v4train.optim import groups
-from v4train.plan import activations, comms, cost, machine, memory, timing, weights
+from v4train.plan import activations, comms, cost, low_precision, machine, memory, timing, weights
 from v4train.sharding import mesh as mesh_lib
 
 
@@ -124,11 +124,13 @@ def _declarations(model: str) -> dict:
 
 
 def check(recipe: recipe_lib.Recipe, *, on: machine.Machine) -> None:
-    """Refuses a machine that the recipe's mesh is not for.
+    """Refuses a machine that the recipe's mesh or its formats are not for.
 
     Raises:
-        ValueError: another number of devices, or slices that the mesh does not keep apart; with what would do.
+        ValueError: another number of devices, slices that the mesh does not keep apart, or a chip without units for FP8 codes where
+            kernels multiply them; with what would do.
     """
+    low_precision.check(recipe, on=on, platform=platform_of(on))
     mesh = recipe.mesh
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.sizes.items() if size > 1) or "1 device"
     if mesh.devices != on.devices:

@@ -10,9 +10,9 @@ of a group, by one of three transports (`ops.exchange.route`):
 
 The CPU's ``emulated`` twin of ``ragged`` has its buffers and sends as ``padded`` does.
 
-A layer's forward pass has a way there and a way back, its backward pass likewise. A layer that is computed again travels again, and once
-more if there are waves: each is computed again on its own, so that only two of them are in memory. A balanced load is assumed: rounds for
-what does not fit at first send more.
+A layer's forward pass has a way there and a way back, its backward pass likewise; the indexer's warm-up has no such backward pass. A layer
+that is computed again travels again, and once more if there are waves: each is computed again on its own, so that only two of them are in
+memory. A balanced load is assumed: rounds for what does not fit at first send more.
 """
 
 import dataclasses
@@ -92,6 +92,6 @@ def of(recipe: recipe_lib.Recipe, *, platform: str, tokens: int) -> Exchange:
         bytes=(2 * once + 2 * slots * d) * width * min(waves, 2),
         saved=(rows * (d + 3 * f) + 2 * slots * d) * width if waves == 1 else 0.0,
         sent=sent,
-        passes=2 + (model.remat != "none") + (waves > 1),
+        passes=(1 if model.warming_up else 2) + (model.remat != "none") + (waves > 1),
         waves=waves,
     )

@@ -5,7 +5,8 @@ backward pass on also the gradients. A trillion parameters need 4 + 4 + 4 bytes 
 them on. On top of that comes one of three moments, of which the largest counts:
 
 * *a layer's backward pass*: every layer's input has been kept (mHC streams, `hyper.streams` times as wide as elsewhere), one layer is
-  computed again with its weights gathered, and its routed tokens lie in the buffers of the exchange;
+  computed again with its weights gathered, and its routed tokens lie in the buffers of the exchange; with FP8 the factors of one
+  product have been rounded (`low_precision`);
 * *the loss*: the head gathered, and the logits of one chunk in fp32, thrice (scores, their exponentials, their gradient);
 * *the optimizer*: what Newton-Schulz is given and what it gives, and its own buffers for one slice of the matrices.
 
@@ -21,7 +22,7 @@ from v4train.data import phases
 from v4train.model import config as model_config
 from v4train.optim import config as optim_config
 from v4train.optim import optimizer
-from v4train.plan import activations, exchange, weights
+from v4train.plan import activations, exchange, low_precision, weights
 
 CAUSES: dict[str, str] = {
     "parameters": "parameters, fp32",
@@ -34,13 +35,14 @@ CAUSES: dict[str, str] = {
     "layer": "one layer computed again",
     "gathered": "its weights, gathered, and their gradient",
     "exchange": "routed tokens in exchange buffers",
+    "rounded": "factors of one product, rounded to FP8",
     "logits": "logits of one chunk, and the head",
     "newton_schulz": "Newton-Schulz: input, output, one slice",
 }
 """Key -> what it is."""
 
 MOMENTS: dict[str, tuple[str, ...]] = {
-    "a layer's backward pass": ("copies", "streams", "activations", "layer", "gathered", "exchange"),
+    "a layer's backward pass": ("copies", "streams", "activations", "layer", "gathered", "exchange", "rounded"),
     "the loss": ("copies", "streams", "activations", "logits"),
     "the optimizer": ("newton_schulz",),
 }
@@ -92,7 +94,11 @@ def of_step(
     """
     place = place_of(recipe, shape)
     parts = _state(recipe, placed, shape) | _kept(recipe, placed, shape, place, per_layer) | _passing(recipe, placed, place, per_layer)
-    parts["exchange"] = exchange.of(recipe, platform=platform, tokens=place.count).bytes
+    exchanged, width = exchange.of(recipe, platform=platform, tokens=place.count), place.dtype.itemsize
+    parts["exchange"] = exchanged.bytes
+    rounded = {"width": width, "tokens": place.count, "rows": exchanged.rows}
+    roles = low_precision.of(recipe, platform=platform).values()
+    parts["rounded"] = max(low_precision.product_bytes(placed, role, **rounded) for role in roles)
     parts = {cause: float(parts[cause]) for cause in CAUSES}
     moment = max(MOMENTS, key=lambda name: sum(parts[cause] for cause in MOMENTS[name]))
     return Memory(parts, moment, _cache(recipe, shape, place))

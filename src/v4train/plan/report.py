@@ -5,7 +5,7 @@ from typing import Any
 
 from v4train.model import config as model_config
 from v4train.model import flops
-from v4train.plan import comms, cost, estimate, search
+from v4train.plan import comms, cost, estimate, low_precision, search
 
 
 def as_json(plan: estimate.Estimate, *, remedy: search.Change | None = None) -> dict[str, Any]:
@@ -35,6 +35,7 @@ def as_json(plan: estimate.Estimate, *, remedy: search.Change | None = None) -> 
         "cost": dataclasses.asdict(plan.bill) | {"price": plan.price, "chip_hours_at_reference_mfu": plan.chip_hours(mfu=cost.V3_MFU)},
         "reference": reference(),
         "assumptions": dataclasses.asdict(plan.assumed) | {"network": comms.EFFICIENCY},
+        "low_precision": {role.name: role.units for role in low_precision.of(recipe, platform=estimate.platform_of(plan.on)).values()},
     }
 
 

@@ -10,6 +10,7 @@ a scan's body once and, where a grouped product is expanded, every expert.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 from v4train import recipe as recipe_lib
 from v4train.core import hardware
@@ -17,7 +18,7 @@ from v4train.data import phases
 from v4train.model import config as model_config
 from v4train.model import flops
 from v4train.optim import flops as optim_flops
-from v4train.plan import comms, exchange, machine, memory, weights
+from v4train.plan import comms, exchange, low_precision, machine, memory, weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Assumptions:
             dense ones, fewer and larger groups above that.
         attention: in products with gathered keys: FlashMLA's sparse prefill has 65% of an H800, a backward pass a ninth of that.
         indexer: in index scores, large products with a narrow contraction.
+        fp8: what products of FP8 codes reach of the FP8 peak, as a share of what those in bf16 reach of theirs: Llama 3.1 405B on 256
+            Ironwood trains at 54.7% of the bf16 peak in bf16 and at 41.8% of the FP8 peak in FP8 (Google's recipes for that TPU).
         memory: share of memory bandwidth in vector work.
         hidden: share of a layer's arithmetic behind which its parameters are gathered and its gradients scattered.
     """
@@ -38,6 +41,7 @@ class Assumptions:
     experts: float = 0.55
     attention: float = 0.35
     indexer: float = 0.50
+    fp8: float = 0.76
     memory: float = 0.80
     hidden: float = 0.80
 
@@ -86,8 +90,9 @@ def of_step(
     """Of one training step on a machine."""
     tokens = shape.places
     share = tokens / recipe.mesh.devices
-    products = share * _product_seconds(recipe.model, shape.sequence_length, on.chip, assumed)
-    vector = _vector_bytes(recipe, placed, shape) / (assumed.memory * on.chip.hbm_bandwidth)
+    roles = low_precision.of(recipe, platform=platform)
+    products = share * _product_seconds(recipe.model, placed, roles, shape.sequence_length, on.chip, assumed)
+    vector = _vector_bytes(recipe, placed, roles, shape) / (assumed.memory * on.chip.hbm_bandwidth)
     times: dict[str, float] = {}
     for one in transfers:
         times[one.what] = times.get(one.what, 0.0) + comms.seconds(one, sizes=recipe.mesh.sizes, on=on)
@@ -98,15 +103,38 @@ def of_step(
     optimizer = _optimizer_seconds(recipe, placed, on, platform, assumed) + times.get("optimizer", 0.0)
     credited = flops.training(recipe.model, length=shape.sequence_length).total * tokens
     step = products + vector + exposed + optimizer
-    update = optim_flops.update(recipe.optimizer, {w.path: w.declaration for w in placed})
+    update = optim_flops.update(recipe.optimizer, {w.path: w.declaration for w in weights.moving(placed, recipe.model)})
     return Timing(
         products, vector, times, exposed, optimizer, update, credited, tokens, credited / step / recipe.mesh.devices / on.chip.bf16_flops
     )
 
 
-def _product_seconds(model: model_config.ModelConfig, length: int, chip: hardware.Chip, assumed: Assumptions) -> float:
+class _Passes(NamedTuple):
+    """Of a training step over a layer: forward passes, and whether a backward pass, which is two of them, goes through all of it."""
+
+    forward: int
+    backward: bool
+
+    @classmethod
+    def of(cls, model: model_config.ModelConfig) -> "_Passes":
+        """Forward again where a layer is remembered by its input. In the indexer's warm-up only the indexer is differentiated."""
+        return cls(1 if model.remat == "none" else 2, not model.warming_up)
+
+    @property
+    def all(self) -> int:
+        return self.forward + 2 * self.backward
+
+
+def _product_seconds(
+    model: model_config.ModelConfig,
+    placed: list[weights.Weight],
+    roles: dict[str, low_precision.Role],
+    length: int,
+    chip: hardware.Chip,
+    assumed: Assumptions,
+) -> float:
     """Of one token on one device: forward, backward, and forward again where a layer is remembered by its input."""
-    passes = 3 if model.remat == "none" else 4
+    passes, learning = _Passes.of(model).all, _Passes.of(model).forward + 2
     dense = experts = attention = indexer = 0.0
     for name in (*model.layer_kinds, *(["window"] if model.mtp else [])):
         kind = model.kind(name) if name != "window" else model_config.WindowConfig()
@@ -115,19 +143,43 @@ def _product_seconds(model: model_config.ModelConfig, length: int, chip: hardwar
         experts += passes * one.experts
         attention += passes * (one.window + one.entries)
         sparse = isinstance(kind, model_config.CompressedSparseConfig) and kind.phase == "sparse"
-        indexer += (passes - 2 if sparse else passes) * one.indexer
+        indexer += (learning - 2 if sparse else learning) * one.indexer
     heads = 2 if model.mtp else 1
-    dense += 4 * heads * 2.0 * model.hidden * model.vocab_size
+    dense += (1 if model.warming_up else 4) * heads * 2.0 * model.hidden * model.vocab_size
+    if model.warming_up:
+        dense += 2 * flops.indexer(model)
     if model.mtp:
         dense += passes * 2.0 * (1 + model.hyper.streams) * model.hidden**2
     seconds = dense / assumed.matmul + experts / assumed.experts + attention / assumed.attention + indexer / assumed.indexer
-    return seconds / chip.bf16_flops
+    return seconds / chip.bf16_flops - passes * _saved_by_codes(model, placed, roles, chip, assumed)
 
 
-def _vector_bytes(recipe: recipe_lib.Recipe, placed: list[weights.Weight], shape: phases.Shape) -> float:
+def _saved_by_codes(
+    model: model_config.ModelConfig,
+    placed: list[weights.Weight],
+    roles: dict[str, low_precision.Role],
+    chip: hardware.Chip,
+    assumed: Assumptions,
+) -> float:
+    """Seconds that FP8 units save of one forward pass of one token, against bf16."""
+    saved = 0.0
+    for name, role in roles.items():
+        if role.units == "codes":
+            of_shared = sum(2.0 * w.declaration.size for w in placed if w.kind == "shared_expert" and w.declaration.product == name)
+            share = assumed.experts if name == "experts" else assumed.matmul
+            products = low_precision.product_flops(placed, name, top_k=model.moe.top_k)
+            in_bf16 = (products - of_shared) / share + of_shared / assumed.experts  # shared experts count as experts (`flops.layer`)
+            saved += in_bf16 / chip.bf16_flops - products / (assumed.fp8 * share * chip.fp8_flops)
+    return saved
+
+
+def _vector_bytes(
+    recipe: recipe_lib.Recipe, placed: list[weights.Weight], roles: dict[str, low_precision.Role], shape: phases.Shape
+) -> float:
     """Memory traffic of all microbatches of a step on one device: each pass reads and writes these arrays about so often."""
     model, a, place = recipe.model, recipe.model.attention, memory.place_of(recipe, shape)
-    width, passes = place.dtype.itemsize, 3 if model.remat == "none" else 4
+    width, (forward, backward) = place.dtype.itemsize, _Passes.of(model)
+    passes = forward + 2 * backward
     tokens = place.count * recipe.train.microbatches
     total = 0.0
     for name in (*model.layer_kinds, *(["window"] if model.mtp else [])):
@@ -144,17 +196,31 @@ def _vector_bytes(recipe: recipe_lib.Recipe, placed: list[weights.Weight], shape
         streams = 2 * 4 * model.hyper.streams * model.hidden * width
         heads = a.heads / recipe.mesh.tensor
         total += passes * (streams + 4 * 4 * heads * keys + 4 * heads * a.head_dim * width + 3 * picked * a.head_dim * width)
-        total += 2 * 2 * 4 * scored
+        total += 2 * 2 * 4 * scored  # of the indexer, which also learns where nothing else does
         total += passes * model.moe.top_k * (4 * model.hidden + 6 * model.moe.ffn / recipe.mesh.tensor) * width
     used = sum(w.used for w in placed if w.declaration.trained)
-    return total * tokens + recipe.train.microbatches * passes * width * used
+    rounding = sum(
+        low_precision.rounding_bytes(
+            placed,
+            role,
+            top_k=model.moe.top_k,
+            width=width,
+            forward=forward,
+            backward=backward,
+            tokens=tokens,
+            microbatches=recipe.train.microbatches,
+        )
+        for role in roles.values()
+    )
+    return total * tokens + recipe.train.microbatches * passes * width * used + rounding
 
 
 def _optimizer_seconds(
     recipe: recipe_lib.Recipe, placed: list[weights.Weight], on: machine.Machine, platform: str, assumed: Assumptions
 ) -> float:
     muon, arithmetic, slower = recipe.optimizer.muon, 0.0, 1.0
-    traffic = float(sum(w.stored * 4 * 8 for w in placed if w.declaration.trained))
+    placed = weights.moving(placed, recipe.model)
+    traffic = float(sum(w.stored * 4 * 8 for w in placed))
     if muon is not None:
         slower = {"gpu": 15.0, "tpu": 6.0}.get(platform, 1.0) if muon.ns_dtype == "float32" else 1.0
         for stack in weights.stacks(placed, sizes=recipe.mesh.sizes):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import jax
 
 from v4train.core import param
+from v4train.model import config as model_config
 from v4train.model import count
 from v4train.optim import heads, stacking
 from v4train.sharding import rules
@@ -89,6 +90,12 @@ def _sides(
     rows, columns = [tuple(rules.names(part)) for part in viewed][-2:]
     n, m = declaration.matrix
     return (rows, columns) if n <= m else (columns, rows)
+
+
+def moving(placed: Iterable[Weight], model: model_config.ModelConfig) -> list[Weight]:
+    """Those that the optimizer moves: all that are trained, or in the indexer's warm-up the indexer's."""
+    trained = [w for w in placed if w.declaration.trained]
+    return [w for w in trained if "indexer" in w.declaration.tags] if model.warming_up else trained
 
 
 @dataclasses.dataclass(frozen=True)
