@@ -102,9 +102,10 @@ def _rollbacks(run: runs_lib.Run) -> list[Mapping]:
 def _rollback(told: Mapping) -> Event | None:
     """None for a line that does not say which batches were left out."""
     places = [told.get(name) for name in ("first_batch", "last_batch", "spike", "snapshot")]
-    if not all(isinstance(place, int) and not isinstance(place, bool) for place in places):
+    known = [place for place in places if isinstance(place, int)]
+    if len(known) < len(places):
         return None
-    first, last, spike, snapshot = places
+    first, last, spike, snapshot = known
     reason = _REASONS.get(str(told.get("reason")), str(told.get("reason")))
     value, limit = told.get("value"), told.get("limit")
     if isinstance(value, int | float) and isinstance(limit, int | float):
