@@ -73,8 +73,8 @@ class GuardConfig(base.Config):
     window: int = pydantic.Field(default=128, ge=4)
     """Accepted steps whose medians a step is compared with. OLMo-core, Levanter and MaxText: 128."""
     least: int = pydantic.Field(default=20, ge=2)
-    """Accepted steps before which, at the start and after a change of attention, only what is not finite is a spike; after a change of shape
-    alone for 4 steps, and up to this many at twice the limits."""
+    """Accepted steps before which, at the start and after a change of attention, only what is not finite is a spike. After a change of
+    shape alone it is 4, and up to this many the limits are twice as wide."""
     loss_deviations: float = pydantic.Field(default=6.0, gt=0)
     """A loss so many standard deviations (by the median of distances) above the median is a spike, if it is above the margin too.
     OLMo-core, Levanter and MaxText: 6 standard deviations above the mean."""
