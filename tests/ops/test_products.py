@@ -179,3 +179,15 @@ def test_nothing_is_rounded_in_the_compute_dtype():
     rng = np.random.default_rng(5)
     x, w = wide(rng, 1, 8, 32), wide(rng, 32, 16)
     np.testing.assert_allclose(products.Compute().linear(jnp.asarray(x), jnp.asarray(w)), x @ w, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (4, 1), (2, 3)], ids=str)
+def test_groups_first_is_the_same_product_with_the_weights_on_the_right(rows):
+    rng, (groups, d, f) = np.random.default_rng(5), (3, 40, 24)
+    x, w = rng.standard_normal((*rows, groups, d), np.float32), rng.standard_normal((groups, d, f), np.float32)
+    program = jax.jit(lambda x, w: products.GroupsFirst().linear(x, w)).lower(x, w)
+    exact = np.einsum("bsgd,gdf->bsgf", x.astype(np.float64), w.astype(np.float64))
+    np.testing.assert_allclose(program.compile()(x, w), exact, rtol=1e-4, atol=1e-4)
+    (product,) = [line for line in program.as_text().splitlines() if "dot_general" in line]
+    assert product.rstrip().endswith(f"tensor<{groups}x{rows[0]}x{rows[1]}x{f}xf32>"), "what XLA makes of it depends on this order"
+    np.testing.assert_allclose(products.GroupsFirst().linear(x[:, :, 0], w[0]), exact[:, :, 0], rtol=1e-4, atol=1e-4)

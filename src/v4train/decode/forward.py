@@ -9,6 +9,7 @@ apart: what is carried
 and only written at a place is updated in the memory it has.
 """
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from v4train.model import block as block_lib
 from v4train.model import context as context_lib
 from v4train.model import hyper_connections, transformer
 from v4train.model.attention import compressed_sparse, heavily_compressed, projections, window
-from v4train.ops import norm, sparse_attention
+from v4train.ops import norm, products, select, sparse_attention
 
 
 class Passed(NamedTuple):
@@ -171,7 +172,8 @@ class Forward:
             out, hot = attention.attend_hot(query, keys, p.sink[...], **known, slots=at.slots, entries=entries, index=index, tier=tier)
             cache = cache._replace(entries=hot)
         attended = sparse_attention.Attended(out, jnp.zeros(x.shape[:1], jnp.float32))
-        return p.output(attended, at.positions, freqs=freqs, dtype=x.dtype).out, cache
+        with _groups_first():
+            return p.output(attended, at.positions, freqs=freqs, dtype=x.dtype).out, cache
 
     def _compress(
         self,
@@ -205,3 +207,10 @@ class Forward:
         query, weight = indexer.queries(x, latent, at.positions, freqs=freqs)
         index = attention.Index(query, weight, attention.Pool(stored, layer, as_format, ratio), module.kind.top_k)
         return pool, index, cache._replace(index_tail=tail, index=stored)
+
+
+def _groups_first() -> contextlib.AbstractContextManager[None]:
+    """Where linear products are in the compute dtype, grouped ones are in the order that is fast for few rows."""
+    if select.implementation("linear_product") != "compute":
+        return contextlib.nullcontext()
+    return select.using("linear_product", implementation=products.GroupsFirst())

@@ -88,6 +88,20 @@ class Compute:
         return grouped_matmul.grouped_matmul(x, w, group_sizes, implementation=implementation)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GroupsFirst(Compute):
+    """As `Compute`, the activations' groups moved to the front first: for the few rows of a decode step.
+
+    The axes of a product in the order of `Compute` have XLA make the weights its left factor, contracted along their rows. Its CPU
+    backend reads 1.6 GB/s of weights then, and 10 in this order: 13 ms of a core instead of 82 for 16 tokens and V4-Flash's 8 matrices of
+    4,096 x 1,024.
+    """
+
+    def linear(self, x, w):
+        return x @ w if w.ndim == 2 else jnp.moveaxis(jnp.einsum("gbsd,gdf->gbsf", jnp.moveaxis(x, 2, 0), w), 0, 2)
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["probe"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Fp8:
