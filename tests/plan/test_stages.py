@@ -55,3 +55,7 @@ def test_each_part_is_planned_as_the_recipe_in_its_stage():
 def test_the_search_ranks_meshes_by_the_part_with_most_tokens():
     best = search.ranked(course(), on=machine.parse("H100x8"), top=1)[0]
     assert (best.phase.attention, best.phase.shape.sequence_length, best.phase.steps) == ("sparse", 512, 3)
+    worst = estimate.estimate(best.recipe, on=machine.parse("H100x8")).worst
+    assert worst.attention == "warmup"
+    assert best.total == pytest.approx(worst.memory.total, rel=1e-3), "what is too large is another part"
+    assert best.total > best.phase.memory.total

@@ -45,9 +45,9 @@ def show_candidates(found: list[search.Candidate], *, recipe: recipe_lib.Recipe,
     for one in found:
         sizes = [str(size) if size > 1 else "·" for size in one.recipe.mesh.sizes.values()]
         times = one.phase.timing
-        figures = [f"{one.phase.memory.total / 1e9:.1f}", _seconds(times.step), f"{times.mfu:.1%}"]
+        figures = [f"{one.total / 1e9:.1f}", _seconds(times.step), f"{times.mfu:.1%}"]
         style = None if one.fits else "red"
-        table.add_row(*sizes, str(one.recipe.train.microbatches), *figures, "fits" if one.fits else "does not fit", style=style)
+        table.add_row(*sizes, str(one.recipe.train.microbatches), *figures, "fits" if one.fits else "too large", style=style)
     console = _console()
     console.print(table)
     best = found[0].recipe

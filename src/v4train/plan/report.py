@@ -109,7 +109,7 @@ def candidates_as_json(found: list[search.Candidate]) -> list[dict[str, Any]]:
             "mesh": one.recipe.mesh.sizes,
             "microbatches": one.recipe.train.microbatches,
             "fits": one.fits,
-            "bytes_total": round(one.phase.memory.total),
+            "bytes_total": round(one.total),
             "step_seconds": one.phase.timing.step,
             "mfu": one.phase.timing.mfu,
         }

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from v4train import recipe as recipe_lib
-from v4train.plan import activations, comms, estimate, machine, memory, timing, weights
+from v4train.plan import activations, comms, estimate, low_precision, machine, memory, timing, weights
 from v4train.sharding import mesh as mesh_lib
 
 CHANGES: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -53,11 +53,13 @@ class Candidate:
     Attributes:
         recipe: with this mesh and its microbatches.
         phase: the one with most tokens.
+        total: bytes on a device in the phase that needs most, which may be another one.
         fits: in a device's memory.
     """
 
     recipe: recipe_lib.Recipe
     phase: estimate.Phase
+    total: float
     fits: bool
 
 
@@ -150,8 +152,9 @@ def ranked(recipe: recipe_lib.Recipe, *, on: machine.Machine, assumed: timing.As
         top: how many.
 
     Raises:
-        ValueError: no mesh of so many devices suits the recipe.
+        ValueError: no mesh of so many devices suits the recipe, or the machine does not suit its formats.
     """
+    low_precision.check(recipe, on=on, platform=estimate.platform_of(on))
     assumed = assumed or timing.Assumptions()
     scaled = _Scaled(recipe, on, assumed)
     found: list[tuple[bool, float, recipe_lib.Recipe]] = []
@@ -167,7 +170,7 @@ def ranked(recipe: recipe_lib.Recipe, *, on: machine.Machine, assumed: timing.As
             "train.batch_rows"
         )
     found.sort(key=lambda one: one[:2])
-    return [Candidate(one, scaled.phase(one), not too_large) for too_large, _, one in found[:top]]
+    return [Candidate(one, scaled.phase(one), scaled.total(one), not too_large) for too_large, _, one in found[:top]]
 
 
 def _with_microbatches(recipe: recipe_lib.Recipe, sizes: dict[str, int], *, scaled: _Scaled) -> tuple[bool, recipe_lib.Recipe] | None:
