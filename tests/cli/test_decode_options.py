@@ -1,19 +1,28 @@
 """What a recipe says of decoding holds unless an option says otherwise; what means nothing is refused."""
 
 import argparse
+import functools
 import shutil
 
 import pytest
 
+from tests.decode import sequences
 from tests.interop import steps
 from v4train import recipe
 from v4train.cli import decode_options, main, serve
 from v4train.config import dump
 from v4train.decode import config, loading
+from v4train.decode import decoder as decoder_lib
 from v4train.train import run as run_lib
 
 TIERS = {"hot_entries": 32, "host_bytes": 10**6, "disk": {"path": "there", "bytes": 10**7}}
 SMALL = ("model.layers=[{pattern: [csa]}]", "model.moe.hash_layers=1", "model.audio=null", "data.max_audio_frames=0")
+
+
+@pytest.fixture(autouse=True)
+def _compiled_fast(monkeypatch):
+    """Few tokens are decoded here, and what takes the time is to compile for them."""
+    monkeypatch.setattr(decoder_lib, "Decoder", functools.partial(decoder_lib.Decoder, compiler_options=sequences.FAST))
 
 
 def merged(*words: str, **said) -> dict:

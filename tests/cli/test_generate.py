@@ -1,16 +1,26 @@
 """The answer on the terminal is the greedy continuation of the training forward pass; what is wrong is one message."""
 
+import functools
+
 import numpy as np
 import pytest
 
+from tests.decode import sequences
 from tests.interop import steps
 from v4train.cli import main
 from v4train.data import tokenizer as tokenizer_lib
+from v4train.decode import decoder as decoder_lib
 from v4train.interop import score
 
 BYTES = tokenizer_lib.ByteTokenizer()
 PROMPT = "Où est 日本?"
 COUNT = 24
+
+
+@pytest.fixture(autouse=True)
+def _compiled_fast(monkeypatch):
+    """Few tokens are decoded here, and what takes the time is to compile for them."""
+    monkeypatch.setattr(decoder_lib, "Decoder", functools.partial(decoder_lib.Decoder, compiler_options=sequences.FAST))
 
 
 @pytest.fixture(scope="module")
