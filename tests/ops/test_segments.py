@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4train.ops import gather, segments
+from v4train.ops import gather, segments, select
 
 IDS = np.array([[1, 1, 1, 2, 2, 0, 0, 3], [1, 2, 3, 3, 0, 4, 4, 4]], np.int32)
 
@@ -26,12 +26,22 @@ def test_bounds_and_totals_of_every_run():
             np.testing.assert_array_equal(totals[b, t], x[b, start : end + 1].sum(axis=0))
 
 
-@pytest.mark.parametrize("table", [7, gather.LARGEST_TABLE + 1], ids=["compared", "scattered"])
-def test_gathers_and_their_gradients(table):
+@pytest.mark.parametrize("way", ["compared", "scattered"])
+def test_gradients_of_rows_are_summed_in_fp32(way):
+    """256 times 1 + 2^-7 into one row: in bf16 the sum would stop growing long before."""
+    at, gradient = jnp.zeros((1, 32, 8), jnp.int32), jnp.full((1, 32, 8, 1), 1 + 2**-7, jnp.bfloat16)
+    with select.using("summed_rows", implementation=way):
+        _, pull = jax.vjp(lambda x: gather.take_rows(x, at), jnp.ones((1, 3, 1), jnp.bfloat16))
+    np.testing.assert_array_equal(pull(gradient)[0][0, :, 0].astype(np.float32), [258, 0, 0])
+
+
+@pytest.mark.parametrize(("table", "way"), [(7, "compared"), (7, "scattered"), (gather.LARGEST_TABLE + 1, "compared")])
+def test_gathers_and_their_gradients(table, way):
     rng = np.random.default_rng(1)
     rows, at = rng.normal(size=(2, table, 3)).astype(np.float32), rng.integers(0, table, (2, 5, 4)).astype(np.int32)
     weight = rng.normal(size=(2, 5, 4, 3)).astype(np.float32)
-    out, pull = jax.vjp(lambda x: gather.take_rows(x, jnp.asarray(at)), jnp.asarray(rows))
+    with select.using("summed_rows", implementation=way):
+        out, pull = jax.vjp(lambda x: gather.take_rows(x, jnp.asarray(at)), jnp.asarray(rows))
     expected = np.zeros_like(rows)
     for b in range(2):
         np.testing.assert_array_equal(out[b], rows[b][at[b]])

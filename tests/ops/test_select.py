@@ -18,6 +18,7 @@ IMPLEMENTATIONS = {
     "expert_exchange": get_args(route.Transport),
     "ragged_all_to_all": ("emulated", "ragged"),
     "sparse_attention": ("chunked",),
+    "summed_rows": ("compared", "scattered"),
     "top_k": get_args(top_k.Named),
 }
 

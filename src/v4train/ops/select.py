@@ -26,6 +26,8 @@ TABLE: dict[str, dict[str, str]] = {
     # XLA:CPU has no ragged all-to-all; the one for GPUs is a loop of sends beyond 8 ranks, and is taken only if a recipe asks for it.
     "ragged_all_to_all": {"cpu": "emulated", "gpu": "ragged", "tpu": "ragged"},
     "sparse_attention": {"cpu": "chunked", "gpu": "chunked", "tpu": "chunked"},
+    # The gradient of gathered rows, of a small table: by comparing with every row, or row after row (`gather`).
+    "summed_rows": {"cpu": "scattered", "gpu": "compared", "tpu": "compared"},
     "top_k": {"cpu": "earliest", "gpu": "earliest", "tpu": "earliest"},
 }
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("v4train_platform", default=None)

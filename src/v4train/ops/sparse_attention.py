@@ -269,7 +269,7 @@ def _select(chunk: _Chunk, query: Array, weight: Array, key: Array, end: Array, 
     if implementation != "earliest" or count <= BLOCK:
         seen = _visible(chunk, end, segment)
         picked = top_k_lib.top_k(jnp.where(seen, index_scores(query, weight, key), _LOWEST), k=top_k, implementation=implementation)
-        return jnp.where(gather.take_elements(seen, picked), picked, -1)
+        return jnp.where(jnp.take_along_axis(seen, picked, axis=-1, mode="promise_in_bounds"), picked, -1)
     size = BLOCK
     end, segment, key = (jnp.pad(x, ((0, 0), (0, -count % size), *((0, 0),) * (x.ndim - 2))) for x in (end, segment, key))
 
