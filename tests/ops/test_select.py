@@ -14,6 +14,7 @@ IMPLEMENTATIONS = {
     "grouped_matmul": get_args(grouped_matmul.Implementation),
     "linear_product": ("compute",),
     "experts_product": ("compute",),
+    "fp8_linear": ("emulated", *get_args(products.Kernel)),
     "fp8_experts": ("emulated", *get_args(products.Kernel)),
     "expert_exchange": get_args(route.Transport),
     "ragged_all_to_all": ("emulated", "ragged"),

@@ -39,7 +39,8 @@ def units(r, platform):
 def test_codes_are_multiplied_where_there_is_a_kernel():
     both = recipe("fp8", "mxfp4")
     assert units(recipe(), "gpu") == {"linear": "compute", "experts": "compute"}
-    assert units(both, "gpu")["experts"] == "codes"
+    assert units(both, "gpu") == {"linear": "codes", "experts": "codes"}
+    assert units(recipe("fp8"), "gpu") == {"linear": "codes", "experts": "compute"}
     assert units(both, "tpu") == units(both, "cpu") == {"linear": "emulated", "experts": "emulated"}
     assert units(recipe("fp8", "fp8", numerics={"emulate": True}), "gpu") == {"linear": "emulated", "experts": "emulated"}
 
@@ -62,6 +63,8 @@ def test_products_of_codes_take_the_peak_of_fp8_and_emulated_ones_what_they_take
     bf16, fp8 = planned(recipe()).timing, planned(recipe(experts="fp8")).timing
     routed = 4 * TOKENS * LAYERS * sum(2 * n * rows * columns for n, rows, columns in ROUTED)
     assert bf16.products - fp8.products == pytest.approx(routed * (1 / 989e12 - 1 / 1979e12))
+    linear = 4 * TOKENS * LAYERS * sum(2 * n * rows * columns for n, rows, columns in LINEAR)
+    assert bf16.products - planned(recipe("fp8")).timing.products == pytest.approx(linear * (1 / 989e12 - 1 / 1979e12))
     assumed = dataclasses.replace(PERFECT, experts=0.5, fp8=0.6)
     slower = planned(recipe(), assumed=assumed).timing.products - planned(recipe(experts="fp8"), assumed=assumed).timing.products
     assert slower == pytest.approx(routed * (1 / (0.5 * 989e12) - 1 / (0.5 * 0.6 * 1979e12)))
@@ -81,6 +84,10 @@ def test_traffic_of_rounding_by_hand():
     codes = planned(recipe(experts="fp8")).timing.vector * 3.35e12
     code = 2 + 1 + 4 / 128
     assert codes - bf16 == pytest.approx(rounded(ROUTED, code) + 2 * 3 * code * LAYERS * 8 * 3 * D * F)
+    codes = planned(recipe("fp8")).timing.vector * 3.35e12
+    assert codes - bf16 == pytest.approx(
+        rounded(LINEAR, code) + 2 * 3 * code * LAYERS * sum(n * rows * columns for n, rows, columns in LINEAR)
+    )
 
 
 def test_memory_of_one_product_by_hand_and_nothing_more_is_kept():
@@ -103,6 +110,9 @@ def test_the_plan_says_what_it_assumed():
     told = low_precision.words(recipe(experts="mxfp4"), on=on, platform="gpu", share=0.76)
     assert told == (
         "Low precision: routed experts in FP4 expanded to FP8 by kernels that were never run, at 76% of the shares above of 1,979 TFLOP/s."
+    )
+    assert low_precision.words(recipe("fp8"), on=on, platform="gpu", share=0.76).startswith(
+        "Low precision: projections and shared experts in FP8 by"
     )
     emulated = low_precision.words(recipe("fp8"), on=machine.parse("v5px8"), platform="tpu", share=0.76)
     assert "projections and shared experts in FP8 emulated: multiplied in bfloat16, and rounded before" in emulated

@@ -8,7 +8,7 @@ from tests.train import tiny
 from tests.train.compiled import case
 from v4train import recipe as recipe_lib
 from v4train.numerics import config as numerics_config
-from v4train.ops import products, select
+from v4train.ops import linear_codes, products, select
 from v4train.sharding import rules
 from v4train.train import precision
 from v4train.train.hooks import metrics
@@ -77,6 +77,22 @@ def test_meshes_agree_within_the_rounding(data, alone, mesh, monkeypatch):
             np.testing.assert_allclose(reports[0].rounding[name], share, rtol=0.05, atol=1e-4, err_msg=name)
 
 
+def test_a_step_with_kernels_for_projections_is_the_emulated_step(data, monkeypatch):
+    """In scanned and recomputed layers on a mesh whose devices each have rows of their own: outputs, gradients and counts of rounding."""
+    monkeypatch.setattr(rules, "SMALLEST_SPLIT", 64)
+    kernels, of_weight = [], linear_codes.Products.of_weight
+    monkeypatch.setattr(linear_codes.Products, "of_weight", lambda self, *given: (kernels.append(self.letters), of_weight(self, *given))[1])
+    reports = []
+    for units in ("emulated", "fp8_interpreted"):
+        with select.using("fp8_linear", implementation=units):
+            reports.append(train(data, numerics=FP8, steps=1, mesh={"fsdp": 4, "expert": 2})[1][0])
+    assert len(kernels) >= 8, "traced for every projection"
+    np.testing.assert_allclose(reports[1].loss, reports[0].loss, rtol=1e-5)
+    np.testing.assert_allclose(reports[1].grad_norm, reports[0].grad_norm, rtol=1e-3)
+    for name, share in reports[0].rounding.items():
+        np.testing.assert_allclose(reports[1].rounding[name], share, rtol=0.05, atol=1e-4, err_msg=name)
+
+
 def test_it_learns_and_reports_by_role(alone):
     _, reports = alone
     assert reports[-1].loss < 0.95 * reports[0].loss
@@ -98,12 +114,15 @@ def test_in_the_compute_dtype_nothing_is_chosen_or_counted():
 
 
 def test_fp8_kernels_can_be_left_out():
+    roles = {"linear", "experts"}
     for emulate, units in ((False, "fp8_triton"), (True, "emulated")):
-        config = numerics_config.NumericsConfig(experts="fp8", emulate=emulate)
-        with select.compiling_for("gpu"), precision.formats(config):
-            assert select.implementation("fp8_experts") == units
-            assert isinstance(select.implementation("experts_product"), products.Fp8)
-            assert select.implementation("linear_product") == "compute"
+        for role in roles:
+            config = numerics_config.NumericsConfig(**{role: "fp8"}, emulate=emulate)  # type: ignore[arg-type]
+            with select.compiling_for("gpu"), precision.formats(config):
+                assert select.implementation(f"fp8_{role}") == units
+                assert isinstance(select.implementation(f"{role}_product"), products.Fp8)
+                (other,) = roles - {role}
+                assert select.implementation(f"{other}_product") == "compute"
 
 
 def test_gradient_sums_in_bf16_are_near_those_in_fp32(data):

@@ -32,3 +32,9 @@ def logical_axes(spec: str) -> tuple[str | None, ...]:
         KeyError: a letter is not in the table (a programming error, not a user's).
     """
     return tuple(None if letter == "_" else LETTERS[letter] for letter in spec.split())
+
+
+def letters(axes: tuple[str | None, ...]) -> str:
+    """``("embed", "rank")`` -> ``"D R"``: what `logical_axes` reads."""
+    of_axis = {axis: letter for letter, axis in LETTERS.items()}
+    return " ".join("_" if axis is None else of_axis[axis] for axis in axes)

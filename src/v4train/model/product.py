@@ -6,7 +6,7 @@ A declaration says whose formats it has (`Declaration.product`), the recipe's `n
 from flax import nnx
 from jaxtyping import Array, Float
 
-from v4train.core import param
+from v4train.core import axes, param
 from v4train.ops import products, select
 
 
@@ -19,4 +19,5 @@ def formats(weight: nnx.Param) -> products.Formats:
 
 def times(x: Float[Array, "b s *g d"], weight: nnx.Param) -> Float[Array, "b s *g f"]:
     """``x @ weight``, for a matrix ``[d, f]`` or one for each group, ``[g, d, f]``."""
-    return formats(weight).linear(x, weight[...])
+    w, declaration = weight[...], weight.get_metadata()["declaration"]
+    return formats(weight).linear(x, w, letters=axes.letters(declaration.axes[len(declaration.axes) - w.ndim :]))

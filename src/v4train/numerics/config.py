@@ -18,7 +18,7 @@ class NumericsConfig(base.Config):
     """Products with the routed experts. mxfp4: their weights are rounded to E2M1 with a scale for 32 values along the input (training that
     knows of its quantisation), expanded to E4M3, and multiplied as with fp8. Gradients pass all rounding of weights unchanged."""
     emulate: bool = False
-    """Multiply values of FP8 in `compute` on GPUs too, where experts have kernels for the codes: to compare the two, or for a GPU that is
+    """Multiply values of FP8 in `compute` on GPUs too, where there are kernels for the codes: to compare the two, or for a GPU that is
     older than Hopper. Elsewhere nothing else is there."""
     gradient_sums: Literal["float32", "bfloat16"] = "float32"
     """In which the gradients of microbatches are summed. bfloat16: half the memory, every addition rounded up or down at random in

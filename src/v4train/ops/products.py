@@ -18,7 +18,8 @@ files. Chosen here, where the reports are silent:
   mesh, as long as a context shard is a multiple of 128.
 * For dw, x is rounded anew from the compute dtype (DeepSeek-V3 keeps the E4M3 tiles of the forward pass and rounds those a second time: a
   byte less an element to keep, one more rounding error).
-* Experts: each device rounds what it has: where `tensor` splits their width to less than a multiple of 128, tiles are as small.
+* Experts, and projections by kernels: each device rounds what it has: where `tensor` splits a width to less than a multiple of 128, or
+  `context` a row, tiles end where the shard does.
 * Experts: tiles of dw are 128 places of the buffer of sorted rows, wherever a group ends. A tile at a border is shared by two experts,
   which costs range, never correctness; groups padded to 128 would cost rows, a scale for each row could not leave the sum.
 
@@ -26,9 +27,9 @@ files. Chosen here, where the reports are silent:
 matrix on every mesh, and the gradient goes straight through to the master.
 
 **Units.** ``emulated`` multiplies the rounded values in the compute dtype and accumulates in fp32, on any hardware. The values are exact in
-bf16, so this is the same arithmetic up to the order of sums. Experts on GPUs multiply the codes in FP8 units instead
-(`ops.kernels.fp8_matmul_triton`; `ops.select`, row ``fp8_experts``). Projections are emulated everywhere: XLA's own FP8 matmul takes one
-scale for a whole matrix, and a kernel of ours would need what the partitioner does for them, which experts already do for themselves.
+bf16, so this is the same arithmetic up to the order of sums. GPUs multiply the codes in FP8 units instead
+(`ops.kernels.fp8_matmul_triton`; `ops.select`, rows ``fp8_linear`` and ``fp8_experts``): XLA's own FP8 matmul takes one scale for a whole
+matrix. The partitioner, which divides emulated projections over a mesh, cannot divide a kernel: `ops.linear_codes` does.
 
 **Counting.** How many elements saturate and vanish is wanted of activations and of gradients, deep in scanned, rematerialised and
 sharded code that returns nothing but activations. So the counts leave the way gradients do: a product takes an array of zeros, the
@@ -44,10 +45,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from v4train.numerics import scaled
-from v4train.ops import grouped_matmul, select
+from v4train.ops import grouped_matmul, linear_codes, select
+from v4train.sharding import constrain
 
 Kernel = Literal["fp8_triton", "fp8_interpreted"]
-"""Experts in FP8 units; interpreted: the same kernels without a GPU, far too slowly for anything but tests."""
+"""In FP8 units; interpreted: the same kernels without a GPU, far too slowly for anything but tests."""
 _Units = grouped_matmul.Implementation | Kernel
 
 PROBE_SHAPE = (2, 3)
@@ -60,8 +62,14 @@ _ALONG_ROWS = (scaled.FP8_TILE, 1)
 class Formats(Protocol):
     """How activations are multiplied with weights. A tree of arrays, so that it can be handed into mapped and recomputed functions."""
 
-    def linear(self, x: Float[Array, "b s *g d"], w: Float[Array, "*g d f"]) -> Float[Array, "b s *g f"]:
-        """``x @ w``, in the dtype of ``x``."""
+    def linear(self, x: Float[Array, "b s *g d"], w: Float[Array, "*g d f"], *, letters: str | None = None) -> Float[Array, "b s *g f"]:
+        """``x @ w``, in the dtype of ``x``.
+
+        Args:
+            x: activations.
+            w: a matrix, or one for each group.
+            letters: of the axes of ``w``: how a mesh splits it. None: it is whole on every device.
+        """
         ...
 
     def grouped(
@@ -81,7 +89,7 @@ class Formats(Protocol):
 class Compute:
     """In the dtype that the factors have."""
 
-    def linear(self, x, w):
+    def linear(self, x, w, *, letters=None):
         return x @ w if w.ndim == 2 else jnp.einsum("bsgd,gdf->bsgf", x, w)
 
     def grouped(self, x, w, *, group_sizes, implementation):
@@ -98,7 +106,7 @@ class GroupsFirst(Compute):
     4,096 x 1,024.
     """
 
-    def linear(self, x, w):
+    def linear(self, x, w, *, letters=None):
         return x @ w if w.ndim == 2 else jnp.moveaxis(jnp.einsum("gbsd,gdf->gbsf", jnp.moveaxis(x, 2, 0), w), 0, 2)
 
 
@@ -113,8 +121,12 @@ class Fp8:
 
     probe: Float[Array, "2 3"] | None
 
-    def linear(self, x, w):
-        return _linear(x, w, self.probe)
+    def linear(self, x, w, *, letters=None):
+        units = select.implementation("fp8_linear")
+        if units == "emulated":
+            return _linear(x, w, self.probe, None)
+        split = constrain.evenly(letters or " ".join("_" * w.ndim), shape=w.shape)
+        return _linear(x, w, self.probe, linear_codes.Products(split, interpret=units == "fp8_interpreted"))
 
     def grouped(self, x, w, *, group_sizes, implementation):
         units = select.implementation("fp8_experts")
@@ -137,21 +149,26 @@ def _along_tokens(x: Float[Array, "b s *g d"]) -> Array:
     return _rounded(flat, _ALONG_ROWS).reshape(x.shape)
 
 
-@jax.custom_vjp
-def _linear(x: Array, w: Array, probe: Array | None) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _linear(x: Array, w: Array, probe: Array | None, codes: linear_codes.Products | None) -> Array:
+    if codes is not None:
+        return codes.forward(x, w)
     g = "g" * (w.ndim - 2)
     return jnp.einsum(f"bs{g}d,{g}df->bs{g}f", _rounded(x, _ALONG_WIDTH), w)
 
 
-def _linear_forward(x: Array, w: Array, probe: Array | None) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    return _linear(x, w, probe), (x, w, None if probe is None else _counts(x))
+def _linear_forward(x: Array, w: Array, probe: Array | None, codes: linear_codes.Products | None):
+    return _linear(x, w, probe, codes), (x, w, None if probe is None else _counts(x))
 
 
-def _linear_backward(saved: tuple[Array, Array, Array | None], dy: Array) -> tuple[Array, Array, Array | None]:
+def _linear_backward(codes: linear_codes.Products | None, saved: tuple[Array, Array, Array | None], dy: Array):
     x, w, counts = saved
-    g = "g" * (w.ndim - 2)
-    dx = jnp.einsum(f"bs{g}f,{g}df->bs{g}d", _rounded(dy, _ALONG_WIDTH), w)
-    dw = jnp.einsum(f"bs{g}d,bs{g}f->{g}df", _along_tokens(x), _along_tokens(dy))
+    if codes is not None:
+        dx, dw = codes.of_input(dy, w), codes.of_weight(x, dy)
+    else:
+        g = "g" * (w.ndim - 2)
+        dx = jnp.einsum(f"bs{g}f,{g}df->bs{g}d", _rounded(dy, _ALONG_WIDTH), w)
+        dw = jnp.einsum(f"bs{g}d,bs{g}f->{g}df", _along_tokens(x), _along_tokens(dy))
     return dx, dw.astype(w.dtype), None if counts is None else jnp.stack([counts, _counts(dy)])
 
 

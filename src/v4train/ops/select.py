@@ -18,9 +18,10 @@ import jax
 TABLE: dict[str, dict[str, str]] = {
     # `ragged_dot` is native on TPU; on CPU and GPU XLA expands it to a dense product over all groups, G times the work and the memory.
     "grouped_matmul": {"cpu": "blocked", "gpu": "triton", "tpu": "ragged_dot"},
-    # In the compute dtype, unless the step asks for fewer bits (`train.precision`); `fp8_experts`: by which units.
+    # In the compute dtype, unless the step asks for fewer bits (`train.precision`); `fp8_linear`, `fp8_experts`: by which units.
     "linear_product": {"cpu": "compute", "gpu": "compute", "tpu": "compute"},
     "experts_product": {"cpu": "compute", "gpu": "compute", "tpu": "compute"},
+    "fp8_linear": {"cpu": "emulated", "gpu": "fp8_triton", "tpu": "emulated"},
     "fp8_experts": {"cpu": "emulated", "gpu": "fp8_triton", "tpu": "emulated"},
     "expert_exchange": {"cpu": "ragged", "gpu": "padded", "tpu": "ragged"},
     # XLA:CPU has no ragged all-to-all; the one for GPUs is a loop of sends beyond 8 ranks, and is taken only if a recipe asks for it.

@@ -148,7 +148,7 @@ def _formats(config: numerics_config.NumericsConfig) -> Iterator[None]:
         for role in ("linear", "experts"):
             if getattr(config, role) != "compute":
                 entered.enter_context(select.using(f"{role}_product", implementation=products.Fp8(None)))
-        entered.enter_context(select.using("fp8_experts", implementation="emulated"))
+            entered.enter_context(select.using(f"fp8_{role}", implementation="emulated"))
         yield
 
 

@@ -24,7 +24,7 @@ from v4train.plan import machine, weights
 
 ROLES: dict[str, str] = {"linear": "projections and shared experts", "experts": "routed experts"}
 """Key of `numerics` -> what its products are with."""
-_ROWS = {"experts": "fp8_experts"}
+_ROWS = {"linear": "fp8_linear", "experts": "fp8_experts"}
 _SCALES = 1 + 4 / 128
 """Bytes of a code and of its part of an fp32 scale for 128 of them."""
 
@@ -48,8 +48,8 @@ def of(recipe: recipe_lib.Recipe, *, platform: str) -> dict[str, Role]:
     """The roles of a recipe on a platform."""
     found = {}
     for name in ROLES:
-        form, row = getattr(recipe.numerics, name), _ROWS.get(name)
-        kernel = row is not None and not recipe.numerics.emulate and select.implementation(row, platform=platform) != "emulated"
+        form = getattr(recipe.numerics, name)
+        kernel = not recipe.numerics.emulate and select.implementation(_ROWS[name], platform=platform) != "emulated"
         found[name] = Role(name, form, "compute" if form == "compute" else "codes" if kernel else "emulated")
     return found
 

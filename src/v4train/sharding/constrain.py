@@ -95,6 +95,24 @@ def mesh_axes(letter: str) -> tuple[str, ...]:
     return () if mesh is None else tuple(name for name in rules.rule(axes_lib.LETTERS[letter], mesh=mesh) if mesh.shape[name] > 1)
 
 
+def used_axes(letters: str) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes that split each axis of an array where it is computed with, outermost first."""
+    mesh, axes = _current(), axes_lib.logical_axes(letters)
+    if mesh is None:
+        return ((),) * len(axes)
+    return tuple(rules.names(part) for part in rules.spec(axes, shape=None, mesh=mesh))
+
+
+def evenly(letters: str, *, shape: tuple[int, ...]) -> str:
+    """The letters of an array, with ``_`` for axes that this mesh leaves whole where it is computed with: for `shard_local`, which wants
+    every axis that it splits to divide."""
+    mesh = _current()
+    if mesh is None:
+        return letters
+    computed = rules.spec(axes_lib.logical_axes(letters), shape=shape, mesh=mesh)
+    return " ".join(letter if rules.names(part) else "_" for letter, part in zip(letters.split(), computed, strict=True))
+
+
 def stored_axes(letters: str, *, shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
     """The mesh axes that split each axis of a parameter where it lives, outermost first."""
     mesh = _current()

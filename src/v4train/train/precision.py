@@ -35,8 +35,8 @@ def formats(config: numerics_config.NumericsConfig, *, counted: Probes | None = 
         for role in probes(config):
             chosen = products.Fp8(None if counted is None else counted[role])
             stack.enter_context(select.using(f"{role}_product", implementation=chosen))
-        if config.emulate:
-            stack.enter_context(select.using("fp8_experts", implementation="emulated"))
+            if config.emulate:
+                stack.enter_context(select.using(f"fp8_{role}", implementation="emulated"))
         yield
 
 
