@@ -105,7 +105,7 @@ BAD = {
     ),
     "_something_is_emulated": (
         ["numerics.emulate=true"],
-        "numerics.emulate is true, but nothing is in FP8; remove it or set numerics.experts",
+        "numerics.emulate is true, but nothing is in FP8; remove it or set numerics.linear or numerics.experts",
     ),
 }
 

@@ -237,7 +237,7 @@ def _gradients_are_summed(r: Recipe) -> str | None:
 
 def _something_is_emulated(r: Recipe) -> str | None:
     if r.numerics.emulate and not r.numerics.low_precision:
-        return "numerics.emulate is true, but nothing is in FP8; remove it or set numerics.experts"
+        return "numerics.emulate is true, but nothing is in FP8; remove it or set numerics.linear or numerics.experts"
     return None
 
 
