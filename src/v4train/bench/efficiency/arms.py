@@ -19,7 +19,7 @@ TOKENS = 4096
 STEPS = 80
 """Of a run with all tokens."""
 BUDGETS = (0.3, 0.5, 0.65)
-"""Shares of all tokens that V4 is trained with besides; the last two enclose what it needs on average."""
+"""Shares of all tokens that V4 is trained with besides; they enclose what it needs on average, with short rows and with long ones."""
 ARMS = {
     "v4": "V4",
     "baseline": "baseline",
